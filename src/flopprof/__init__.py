@@ -1,0 +1,44 @@
+"""Count the FLOPs of PyTorch models: per operator, module and phase. The public names, lazily."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from flopprof.counting.count import count as count
+    from flopprof.counting.runtime import FlopCounter as FlopCounter
+    from flopprof.counting.runtime import region as region
+    from flopprof.errors import FlopprofError as FlopprofError
+    from flopprof.formulas import Cost as Cost
+    from flopprof.formulas import register_formula as register_formula
+    from flopprof.models import Workload as Workload
+    from flopprof.models import load as load
+    from flopprof.profile import Profile as Profile
+
+__version__ = "0.1.0.dev0"
+
+_HOME = {
+    "count": "flopprof.counting.count",
+    "FlopCounter": "flopprof.counting.runtime",
+    "region": "flopprof.counting.runtime",
+    "FlopprofError": "flopprof.errors",
+    "Cost": "flopprof.formulas",
+    "register_formula": "flopprof.formulas",
+    "Workload": "flopprof.models",
+    "load": "flopprof.models",
+    "Profile": "flopprof.profile",
+}
+__all__ = ["Cost", "FlopCounter", "FlopprofError", "Profile", "Workload", "count", "load", "region", "register_formula"]
+
+
+def __getattr__(name: str) -> Any:  # the value is whatever the public name is
+    if name not in _HOME:
+        raise AttributeError(f"module 'flopprof' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

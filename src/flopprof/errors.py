@@ -1,0 +1,39 @@
+"""What flopprof raises: one sentence each, saying what, where, what it got and what to do."""
+
+from __future__ import annotations
+
+
+class FlopprofError(Exception):
+    """Base of every error that flopprof raises on purpose; `exit_code` is the command line's."""
+
+    exit_code = 1
+
+
+class UsageError(FlopprofError):
+    """The request itself is wrong: an unknown name, shape, option or file. Exit code 2."""
+
+    exit_code = 2
+
+
+class UnknownTarget(UsageError):
+    """No model goes by that name."""
+
+
+class MissingPackage(UsageError):
+    """An optional package is needed; the message holds the exact `pip install`."""
+
+
+class ModelFailed(FlopprofError):
+    """The model itself raised while it was built or run; the cause is chained."""
+
+
+class UncountedOperators(FlopprofError):
+    """`--strict` was given and some operator has no formula."""
+
+
+class InvalidProfile(UsageError):
+    """A profile file that cannot be read; the message names the field."""
+
+
+class FormulaError(FlopprofError):
+    """A formula was registered wrongly, or could not read its operator's arguments."""

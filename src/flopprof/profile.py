@@ -1,0 +1,278 @@
+"""The result: an immutable Profile, its sums and its JSON. No torch, no counting, no printing."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+from typing import Literal
+
+import msgspec
+
+from flopprof.errors import InvalidProfile
+
+SCHEMA = "flopprof.profile/1"
+
+Phase = Literal["forward", "backward", "recompute", "optimizer"]
+Attention = Literal["full", "causal"]
+Kind = Literal["parameter", "buffer", "activation"]
+PHASES: tuple[Phase, ...] = ("forward", "backward", "recompute", "optimizer")
+
+
+class Operand(msgspec.Struct, frozen=True, kw_only=True):
+    """One tensor that a counted operator read: what it is, and whether a gradient of it is wanted."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    kind: Kind = "activation"
+    name: str = ""
+    requires_grad: bool = False
+
+
+class OperatorRow(msgspec.Struct, frozen=True, kw_only=True):
+    """Calls of one counted operator with the same shapes in one module and phase.
+
+    flops follows the profile's attention convention; flops_full and flops_causal hold both. mask_known tells
+    whether the operator itself said which pairs it computes (otherwise causal equals full). bytes: each
+    operand read once, each result written once. parameter: the one it multiplies, or whose gradient it makes.
+    """
+
+    op: str
+    fqn: str
+    phase: Phase
+    dtype: str
+    operands: tuple[Operand, ...]
+    outputs: tuple[tuple[int, ...], ...]
+    calls: int
+    flops: int
+    flops_full: int
+    flops_causal: int
+    mask_known: bool = False
+    bytes: int = 0
+    parameter: str = ""
+    line: str = ""
+
+    @property
+    def shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Operand shapes, in argument order."""
+        return tuple(operand.shape for operand in self.operands)
+
+    @property
+    def gradients_wanted(self) -> tuple[bool, ...]:
+        """Per operand: does autograd want its gradient?"""
+        return tuple(operand.requires_grad for operand in self.operands)
+
+
+class ElementwiseRow(msgspec.Struct, frozen=True, kw_only=True):
+    """Elementwise FLOPs of one operator in one module and phase."""
+
+    op: str
+    fqn: str
+    phase: Phase
+    calls: int
+    flops: int
+
+
+class UncountedRow(msgspec.Struct, frozen=True, kw_only=True):
+    """Calls of an operator that does arithmetic and has no formula."""
+
+    op: str
+    fqn: str
+    phase: Phase
+    calls: int
+    shapes: tuple[tuple[int, ...], ...] = ()
+    reason: str = ""
+
+
+class ModuleRow(msgspec.Struct, frozen=True, kw_only=True):
+    """One module that ran: its class, calls, parameters (its own and its children's, tied ones once), output."""
+
+    fqn: str
+    cls: str
+    calls: int = 0
+    parameters: int = 0
+    own_parameters: int = 0
+    output_shape: tuple[int, ...] | None = None
+
+
+class Profile(msgspec.Struct, frozen=True, kw_only=True):
+    """FLOPs of one run, per operator, module and phase. One multiply-add is 2 FLOPs."""
+
+    modules: tuple[ModuleRow, ...] = ()
+    operators: tuple[OperatorRow, ...] = ()
+    elementwise: tuple[ElementwiseRow, ...] = ()
+    uncounted_rows: tuple[UncountedRow, ...] = ()
+    assumptions: tuple[str, ...] = ()
+    attention: Attention = "full"
+    device: str = "cpu"
+    tokens: int | None = None
+    samples: int | None = None
+    n_params: int = 0
+    n_params_trainable: int = 0
+    target: str = ""
+    torch_version: str = ""
+    schema: str = SCHEMA
+
+    # --- totals -------------------------------------------------------------------------------
+    @property
+    def forward_flops(self) -> int:
+        """FLOPs of the forward pass."""
+        return self.by_phase()["forward"]
+
+    @property
+    def backward_flops(self) -> int:
+        """FLOPs of the backward pass that the mathematics requires, without recompute."""
+        return self.by_phase()["backward"]
+
+    @property
+    def recompute_flops(self) -> int:
+        """FLOPs executed again: activation checkpointing, and the score recompute of fused attention backward."""
+        return self.by_phase()["recompute"]
+
+    @property
+    def optimizer_flops(self) -> int:
+        """FLOPs of matrix products inside optimizer steps."""
+        return self.by_phase()["optimizer"]
+
+    @property
+    def model_flops(self) -> int:
+        """forward + backward: what the mathematics requires."""
+        return self.forward_flops + self.backward_flops
+
+    @property
+    def hardware_flops(self) -> int:
+        """Everything executed: model_flops + recompute + optimizer."""
+        return sum(row.flops for row in self.operators)
+
+    @property
+    def elementwise_flops(self) -> int:
+        """Additions, activations, norms, softmax, pooling ...: apart, in none of the counts above."""
+        return sum(row.flops for row in self.elementwise)
+
+    @property
+    def bytes_moved(self) -> int:
+        """Bytes of counted operators: each operand read once, each result written once."""
+        return sum(row.bytes for row in self.operators)
+
+    @property
+    def macs(self) -> int:
+        """Multiply-adds of the model FLOPs: flops // 2."""
+        return self.model_flops // 2
+
+    @property
+    def exact(self) -> bool:
+        """Nothing uncounted and nothing assumed."""
+        return not self.uncounted_rows and not self.assumptions
+
+    @property
+    def uncounted(self) -> dict[str, int]:
+        """operator -> calls, for operators that do arithmetic and have no formula."""
+        return _tally((row.op, row.calls) for row in self.uncounted_rows)
+
+    @property
+    def causal_flops(self) -> int:
+        """model_flops with attention counted over only the pairs that the mask lets through."""
+        return sum(row.flops_causal for row in self.operators if row.phase in ("forward", "backward"))
+
+    # --- tables -------------------------------------------------------------------------------
+    def by_phase(self) -> dict[str, int]:
+        """FLOPs per phase; every phase is present."""
+        return {**dict.fromkeys(PHASES, 0), **_tally((row.phase, row.flops) for row in self.operators)}
+
+    def by_operator(self, phase: Phase | None = None) -> dict[str, int]:
+        """FLOPs per operator (`aten::mm`), largest first."""
+        return _descending(_tally((row.op, row.flops) for row in self._rows(phase)))
+
+    def by_dtype(self, phase: Phase | None = None) -> dict[str, int]:
+        """FLOPs per dtype of the operands multiplied, largest first."""
+        return _descending(_tally((row.dtype, row.flops) for row in self._rows(phase)))
+
+    def by_parameter(self, phase: Phase | None = None) -> dict[str, int]:
+        """FLOPs per parameter: products with it, and products that make its gradient; largest first."""
+        return _descending(_tally((row.parameter, row.flops) for row in self._rows(phase) if row.parameter))
+
+    def by_module(self, phase: Phase | None = None, depth: int | None = None, *, own: bool = False) -> dict[str, int]:
+        """FLOPs per module, keyed by fqn (root `""`): totals with children, or `own=True` without.
+
+        depth keeps modules at most that many names below the root. Every module that ran is present.
+        """
+        table = dict.fromkeys((row.fqn for row in self.modules), 0)
+        table.setdefault("", 0)
+        return within_depth(tally_modules(table, ((row.fqn, row.flops) for row in self._rows(phase)), own), depth)
+
+    def elementwise_by_module(self, phase: Phase | None = None, *, own: bool = False) -> dict[str, int]:
+        """Elementwise FLOPs per module, keyed as by_module."""
+        table = dict.fromkeys((row.fqn for row in self.modules), 0)
+        table.setdefault("", 0)
+        rows = (row for row in self.elementwise if phase is None or row.phase == phase)
+        return tally_modules(table, ((row.fqn, row.flops) for row in rows), own)
+
+    def elementwise_by_operator(self, phase: Phase | None = None) -> dict[str, int]:
+        """Elementwise FLOPs per operator, largest first."""
+        rows = (row for row in self.elementwise if phase is None or row.phase == phase)
+        return _descending(_tally((row.op, row.flops) for row in rows))
+
+    def _rows(self, phase: Phase | None) -> Iterable[OperatorRow]:
+        if phase is not None and phase not in PHASES:
+            raise ValueError(f"phase {phase!r} is none of {', '.join(PHASES)}.")
+        return (row for row in self.operators if phase is None or row.phase == phase)
+
+    # --- conversions --------------------------------------------------------------------------
+    def with_attention(self, attention: Attention) -> Profile:
+        """The same run counted with the other attention convention."""
+        if attention not in ("full", "causal"):
+            raise ValueError(f"attention {attention!r} is neither 'full' nor 'causal'.")
+        rows = tuple(
+            msgspec.structs.replace(row, flops=row.flops_causal if attention == "causal" else row.flops_full)
+            for row in self.operators
+        )
+        return msgspec.structs.replace(self, operators=rows, attention=attention)
+
+    def to_json(self) -> str:
+        """The whole profile as JSON, schema `flopprof.profile/1`."""
+        return msgspec.json.encode(self).decode()
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> Profile:
+        """The profile that to_json wrote. Raises InvalidProfile, naming the field."""
+        try:
+            profile = msgspec.json.decode(text, type=cls)
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            raise InvalidProfile(f"not a flopprof profile: {error}.") from error
+        if profile.schema != SCHEMA:
+            raise InvalidProfile(f"profile schema is {profile.schema!r}; this flopprof reads {SCHEMA!r}.")
+        return profile
+
+
+def ancestors(fqn: str) -> list[str]:
+    """The module itself and every module above it, up to the root: `a.b` -> `["a.b", "a", ""]`."""
+    chain = [fqn]
+    while fqn:
+        fqn = fqn.rpartition(".")[0]
+        chain.append(fqn)
+    return chain
+
+
+def tally_modules(table: dict[str, int], flops: Iterable[tuple[str, int]], own: bool) -> dict[str, int]:
+    """`table` with each (fqn, flops) added to its module and, unless `own`, to every module above it."""
+    for fqn, count in flops:
+        for name in [fqn] if own else ancestors(fqn):
+            table[name] = table.get(name, 0) + count
+    return table
+
+
+def within_depth(table: dict[str, int], depth: int | None) -> dict[str, int]:
+    """The entries at most `depth` names below the root."""
+    if depth is None:
+        return table
+    return {fqn: count for fqn, count in table.items() if (fqn.count(".") + 1 if fqn else 0) <= depth}
+
+
+def _tally(pairs: Iterable[tuple[str, int]]) -> dict[str, int]:
+    table: defaultdict[str, int] = defaultdict(int)
+    for name, count in pairs:
+        table[name] += count
+    return dict(table)
+
+
+def _descending(table: dict[str, int]) -> dict[str, int]:
+    return dict(sorted(table.items(), key=lambda item: (-item[1], item[0])))
