@@ -1,0 +1,1 @@
+"""What one operator call costs: shapes in, int out; no torch."""
