@@ -1,0 +1,82 @@
+"""Read a target: a torchvision name, `timm:NAME` or `file.py:attribute`; suggest the nearest name where none fits."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from flopprof.errors import UnknownTarget, UsageError
+from flopprof.models import pyfile, timm, vision
+from flopprof.models.inputs import parse_dtype, parse_input
+from flopprof.models.request import Request
+from flopprof.models.workload import Workload
+
+
+def load(
+    target: str,
+    *,
+    batch: int = 1,
+    image_size: int | None = None,
+    inputs: Sequence[str] = (),
+    device: str | None = None,
+    dtype: str | torch.dtype | None = None,
+    train: bool = False,
+    model_args: Mapping[str, object] | None = None,
+) -> Workload:
+    """The workload that `target` names: `resnet50`, `timm:NAME` or `path/to/file.py:attribute`.
+
+    inputs: one shape per positional input (`2x8`, `1x128:int64`) instead of the model's own. device None: meta
+    where that works, else CPU. Raises UnknownTarget, UsageError, MissingPackage or ModelFailed.
+    """
+    request = Request(
+        batch=batch,
+        image_size=image_size,
+        inputs=tuple(parse_input(text) for text in inputs),
+        device=device,
+        dtype=parse_dtype(dtype),
+        train=train,
+        model_args=dict(model_args or {}),
+    )
+    request.check()
+    kind, _, rest = target.partition(":")
+    if kind == "timm" and rest:
+        return timm.load(rest, request) if timm.knows(rest) else _unknown(target)
+    if kind in ("hf", "huggingface"):
+        raise UsageError(
+            f"{target!r} names a Hugging Face model, which this version does not support: "
+            "return the model from a function and give path/to/file.py:function."
+        )
+    if pyfile.names_file(target):
+        return pyfile.load(target, request)
+    if vision.knows(target):
+        return vision.load(target.lower(), request)
+    return _unknown(target)
+
+
+def suggestions(target: str, limit: int = 3) -> list[str]:
+    """The known targets nearest to a misspelt one, best first."""
+    wanted = target.lower()
+    bare = wanted.removeprefix("timm:")
+    names = timm.names()
+    if bare != wanted:
+        pools = [(bare, {name: f"timm:{name}" for name in names})]
+    else:
+        pools = [(wanted, {name: name for name in vision.names()}), (bare, {name: f"timm:{name}" for name in names})]
+    scored = [
+        (difflib.SequenceMatcher(None, query, name).ratio(), -rank, pool[name])
+        for rank, (query, pool) in enumerate(pools)
+        for name in difflib.get_close_matches(query, pool, n=limit, cutoff=0.6)
+    ]
+    return [shown for *_, shown in sorted(scored, key=lambda item: item[:2], reverse=True)[:limit]]
+
+
+def _unknown(target: str) -> Workload:
+    near = suggestions(target)
+    hint = (
+        f"did you mean {' or '.join(near)}?"
+        if near
+        else "give a torchvision name, timm:NAME or path/to/file.py:function."
+    )
+    raise UnknownTarget(f"no model is called {target!r}: {hint}")

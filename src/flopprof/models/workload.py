@@ -1,0 +1,99 @@
+"""Workload: a model with the inputs that it is counted on, and what to say when it cannot run them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any
+
+import msgspec
+import torch
+from torch import nn
+
+from flopprof.counting.count import count as count_model
+from flopprof.errors import FlopprofError, ModelFailed
+from flopprof.models.inputs import describe_inputs, first_line
+from flopprof.profile import Attention, Profile
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    """A model, the inputs it is called with, and how many tokens and samples those hold.
+
+    `on_cpu` rebuilds the same workload with real values; it is set where flopprof itself chose the meta device.
+    """
+
+    model: nn.Module
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    name: str
+    device: str
+    tokens: int | None = None
+    samples: int | None = None
+    on_cpu: Callable[[], Workload] | None = field(default=None, repr=False, compare=False)
+
+    def describe(self) -> str:
+        """Inputs, mode and device in one line: `1x3x224x224 float32, eval, meta`."""
+        mode = "train" if self.model.training else "eval"
+        return f"{describe_inputs(self.args, self.kwargs)}, {mode}, {self.device}"
+
+    def count(
+        self,
+        *,
+        backward: bool = False,
+        attention: Attention = "full",
+        loss: Callable[[Any], torch.Tensor] | None = None,
+        optimizer: torch.optim.Optimizer | None = None,
+    ) -> Profile:
+        """The Profile of one run. A model that needs values is run on the CPU where meta was only flopprof's choice.
+
+        Raises ModelFailed, naming the module and the inputs, when the model itself raises.
+        """
+        try:
+            profile = count_model(
+                self.model,
+                *self.args,
+                backward=backward,
+                attention=attention,
+                loss=loss,
+                optimizer=optimizer,
+                **self.kwargs,
+            )
+        except FlopprofError:
+            raise
+        except Exception as error:
+            if self.on_cpu is not None and optimizer is None and needs_values(error):
+                logger.info("%s needs values that the meta device does not have; counting on the CPU", self.name)
+                return self.on_cpu().count(backward=backward, attention=attention, loss=loss)
+            raise self._failure(error) from error
+        return msgspec.structs.replace(profile, target=self.name, samples=self.samples, tokens=self.tokens)
+
+    def _failure(self, error: Exception) -> ModelFailed:
+        where = _innermost_module(self.model, error.__traceback__)
+        inputs = describe_inputs(self.args, self.kwargs)
+        return ModelFailed(
+            f"{self.name} failed{where} on input {inputs}: {type(error).__name__}: {first_line(error)} "
+            "Check the shape and dtype of each --input, or see the whole error with --traceback."
+        )
+
+
+def needs_values(error: Exception) -> bool:
+    """Did the model ask a meta tensor for its contents (as opposed to: would it fail anywhere)?"""
+    text = str(error).lower()
+    return isinstance(error, NotImplementedError) or "meta" in text or "data-dependent" in text
+
+
+def _innermost_module(model: nn.Module, trace: TracebackType | None) -> str:
+    """` in layer1.0.conv2 (Conv2d)`: the deepest module of `model` whose code was running; empty if none was."""
+    names = {id(module): name for name, module in model.named_modules()}
+    found = ""
+    while trace is not None:
+        owner = trace.tb_frame.f_locals.get("self")
+        if isinstance(owner, nn.Module) and names.get(id(owner)):
+            found = f" in {names[id(owner)]} ({type(owner).__name__})"
+        trace = trace.tb_next
+    return found
