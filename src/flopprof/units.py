@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
 from flopprof.errors import UsageError
 
@@ -35,6 +36,38 @@ def _significant(value: float, digits: int) -> str:
 def format_flops(flops: int, unit: str = "flop") -> str:
     """FLOPs (`8.178 GFLOPs`), or with `unit="mac"` multiply-adds (`4.089 GMACs`)."""
     return format_si(flops // 2, "MACs") if unit == "mac" else format_si(flops, "FLOPs")
+
+
+def common_step(values: Iterable[int]) -> int:
+    """The power of 1000 that prints the largest of `values` with one to three digits before the point."""
+    largest, step = max((abs(value) for value in values), default=0), 0
+    # 999,999.6 would print as 1000.000 k in three decimals
+    while step < len(_SI) - 1 and 2000 * largest >= (2_000_000 - 1) * 1000**step:
+        step += 1
+    return step
+
+
+def unit_name(step: int, unit: str) -> str:
+    """The unit with the prefix of that power of 1000: `GFLOPs`."""
+    return _SI[step] + unit
+
+
+def format_fixed(value: int, step: int, decimals: int = 3) -> str:
+    """`value` in units of 1000**step with fixed decimals, so that a column lines up and adds up.
+
+    Zero is `-`; what would round to zero is `<0.001`; without a prefix the integer itself.
+    """
+    if value == 0:
+        return "-"
+    if step == 0:
+        return str(value)
+    parts: int = 10**decimals
+    tick: int = 1000**step // parts
+    ticks = (2 * abs(value) + tick) // (2 * tick)
+    if ticks == 0:
+        return f"<{10**-decimals:.{decimals}f}"
+    whole, fraction = divmod(ticks, parts)
+    return f"{'-' if value < 0 else ''}{whole}.{fraction:0{decimals}d}"
 
 
 def format_bytes(count: int) -> str:

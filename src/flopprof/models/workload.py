@@ -37,9 +37,9 @@ class Workload:
     on_cpu: Callable[[], Workload] | None = field(default=None, repr=False, compare=False)
 
     def describe(self) -> str:
-        """Inputs, mode and device in one line: `1x3x224x224 float32, eval, meta`."""
+        """Inputs and mode in one line: `input 1x3x224x224 float32, eval`."""
         mode = "train" if self.model.training else "eval"
-        return f"{describe_inputs(self.args, self.kwargs)}, {mode}, {self.device}"
+        return f"input {describe_inputs(self.args, self.kwargs)}, {mode}"
 
     def count(
         self,

@@ -1,0 +1,1 @@
+"""Profile -> text: one renderer a file, each a pure function of the profile."""

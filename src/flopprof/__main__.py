@@ -1,0 +1,7 @@
+"""`python -m flopprof`: the command line."""
+
+from __future__ import annotations
+
+from flopprof.cli.main import main
+
+main()

@@ -1,0 +1,172 @@
+"""`flopprof count`: a model's FLOPs by module and operator."""
+
+from __future__ import annotations
+
+import ast
+from typing import Annotated, Literal
+
+import typer
+
+from flopprof.cli.output import console, progress, require_writable, write_text
+from flopprof.errors import UncountedOperators, UsageError
+
+_OPTIONS = "What is run"
+_REPORT = "What is printed"
+
+
+def count(
+    ctx: typer.Context,
+    target: Annotated[
+        str,
+        typer.Argument(
+            help="A torchvision name (resnet50), timm:NAME, or path/to/file.py:function_or_class that returns a "
+            "module, or (module, inputs).",
+            metavar="TARGET",
+            show_default=False,
+        ),
+    ],
+    *,
+    batch: Annotated[int, typer.Option(help="Samples per batch.", metavar="N", min=1, rich_help_panel=_OPTIONS)] = 1,
+    image_size: Annotated[
+        int | None,
+        typer.Option(
+            help="Side of the square images in pixels; default: what the model's own weights declare.",
+            metavar="PIXELS",
+            min=1,
+            rich_help_panel=_OPTIONS,
+        ),
+    ] = None,
+    inputs: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--input",
+            help="Shape of one positional input, with an optional dtype: 2x8, 1x128:int64. Repeat per input.",
+            metavar="SHAPE",
+            rich_help_panel=_OPTIONS,
+        ),
+    ] = None,
+    backward: Annotated[
+        bool,
+        typer.Option(
+            "--backward",
+            help="Also count the backward pass of the sum of the outputs, in eval mode unless --train.",
+            rich_help_panel=_OPTIONS,
+        ),
+    ] = False,
+    train: Annotated[
+        bool, typer.Option("--train", help="Run the model in training mode.", rich_help_panel=_OPTIONS)
+    ] = False,
+    attention: Annotated[
+        Literal["full", "causal"],
+        typer.Option(
+            help="Attention convention: every query-key pair, or only those that the mask lets through.",
+            rich_help_panel=_OPTIONS,
+        ),
+    ] = "full",
+    device: Annotated[
+        Literal["meta", "cpu", "cuda"] | None,
+        typer.Option(
+            help="Where the model runs; default: meta (no memory, no arithmetic) where that works, else cpu.",
+            rich_help_panel=_OPTIONS,
+        ),
+    ] = None,
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16", "float64"] | None,
+        typer.Option(help="Cast the model and its floating inputs to this type.", rich_help_panel=_OPTIONS),
+    ] = None,
+    model_args: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--model-arg",
+            help="Argument of the function or class that builds the model: num_classes=10. Repeat per argument.",
+            metavar="NAME=VALUE",
+            rich_help_panel=_OPTIONS,
+        ),
+    ] = None,
+    depth: Annotated[
+        int,
+        typer.Option(help="Levels of modules below the root.", metavar="D", min=0, rich_help_panel=_REPORT),
+    ] = 3,
+    by: Annotated[
+        Literal["module", "operator", "both"], typer.Option(help="Which tables.", rich_help_panel=_REPORT)
+    ] = "both",
+    unit: Annotated[
+        Literal["flop", "mac"],
+        typer.Option(
+            help="Unit of the counts: FLOPs, or MACs (multiply-adds; 1 MAC = 2 FLOPs).", rich_help_panel=_REPORT
+        ),
+    ] = "flop",
+    json: Annotated[
+        str | None,
+        typer.Option(
+            help="Write the whole profile as JSON; - is standard output, instead of the tables.",
+            metavar="FILE",
+            rich_help_panel=_REPORT,
+        ),
+    ] = None,
+    csv: Annotated[
+        str | None,
+        typer.Option(
+            help="Write one row per module and operator, in FLOPs; - is standard output, instead of the tables.",
+            metavar="FILE",
+            rich_help_panel=_REPORT,
+        ),
+    ] = None,
+    strict: Annotated[
+        bool,
+        typer.Option(
+            "--strict", help="Exit with 1, printing nothing, if an operator has no formula.", rich_help_panel=_REPORT
+        ),
+    ] = False,
+    traceback: Annotated[
+        bool, typer.Option("--traceback", help="Show the traceback of an error.", rich_help_panel=_REPORT)
+    ] = False,
+) -> None:
+    """Count a model's FLOPs: by module, by operator, and in total. One multiply-add is 2 FLOPs."""
+    ctx.meta["flopprof.traceback"] = traceback
+    if json == csv == "-":
+        raise UsageError("--json - and --csv - both ask for standard output: give one of them a file.")
+    arguments = dict(parse_model_arg(text) for text in model_args or ())
+    for path in (json, csv):
+        require_writable(path)
+
+    with progress(f"Counting {target}"):
+        from flopprof.models import load
+        from flopprof.report.csv import to_csv
+
+        workload = load(
+            target,
+            batch=batch,
+            image_size=image_size,
+            inputs=inputs or (),
+            device=device,
+            dtype=dtype,
+            train=train,
+            model_args=arguments,
+        )
+        profile = workload.count(backward=backward, attention=attention)
+    if strict and profile.uncounted:
+        raise UncountedOperators(
+            f"{target} runs operators that have no formula: {', '.join(profile.uncounted)}. "
+            "Give each one with flopprof.register_formula, or leave --strict out."
+        )
+    if json is not None:
+        write_text(json, profile.to_json())
+    if csv is not None:
+        write_text(csv, to_csv(profile))
+    if "-" not in (json, csv):
+        from flopprof.report.console import render
+
+        report = render(profile, heading=f"{workload.describe()}, {profile.device}", depth=depth, by=by, unit=unit)
+        console().print(report, crop=False)
+
+
+def parse_model_arg(text: str) -> tuple[str, object]:
+    """(name, value) of `num_classes=10`: a Python literal where it is one, else the text. Raises UsageError."""
+    name, sign, value = text.partition("=")
+    if not sign or not name.isidentifier():
+        raise UsageError(f"cannot read --model-arg {text!r}: write it as name=value, as in num_classes=10.")
+    try:
+        return name, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return name, value
