@@ -61,8 +61,8 @@ def format_fixed(value: int, step: int, decimals: int = 3) -> str:
         return "-"
     if step == 0:
         return str(value)
-    parts: int = 10**decimals
-    tick: int = 1000**step // parts
+    parts = int(10**decimals)
+    tick = int(1000**step) // parts
     ticks = (2 * abs(value) + tick) // (2 * tick)
     if ticks == 0:
         return f"<{10**-decimals:.{decimals}f}"
@@ -91,4 +91,4 @@ def parse_count(text: str) -> int:
     number = match[1].replace(",", "").replace("_", "")
     if "." not in number and "e" not in number.lower():
         return int(number) * int(1000 ** _SCALES[match[2]])
-    return round(float(number) * 1000 ** _SCALES[match[2]])
+    return round(float(number) * float(1000 ** _SCALES[match[2]]))

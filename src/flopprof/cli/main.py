@@ -58,9 +58,8 @@ def _options(
     pass
 
 
-app.command(
-    epilog="Examples:  flopprof count resnet50 --backward\n\nflopprof count model.py:build --input 1x128:int64"
-)(count)
+_EXAMPLES = "Examples:\n\nflopprof count resnet50 --backward\n\nflopprof count net.py:build --input 1x128:int64"
+app.command(epilog=_EXAMPLES)(count)
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flopprof.errors import UsageError
+from flopprof.errors import FlopprofError, UsageError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -70,7 +70,7 @@ def write_text(path: str, text: str) -> None:
             return
         _replace(file, text)
     except OSError as error:
-        raise UsageError(f"cannot write {path!r}: {error.strerror or error}.") from error
+        raise FlopprofError(f"cannot write {path!r}: {error.strerror or error}.") from error
 
 
 def _replace(file: Path, text: str) -> None:

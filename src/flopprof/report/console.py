@@ -88,7 +88,7 @@ def _modules(view: _View, depth: int) -> Iterator[RenderableType]:
     params = common_step([root.parameters])
     columns = [
         Column("Module", number=False, elastic=True),
-        Column("Class", number=False, elastic=True),
+        Column("Class", number=False, elastic=True, optional=True),
         Column(f"Params\n{unit_name(params, '')}".rstrip()),
         Column("Output shape", optional=True),
         *numbers,

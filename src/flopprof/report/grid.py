@@ -11,14 +11,15 @@ from rich.text import Text
 
 _GAP = 2
 _NARROWEST = 10
+_READABLE = 14
 
 
 @dataclass(frozen=True)
 class Column:
     """One column: `head` may have two lines, the second usually the unit.
 
-    elastic: text that may be elided in its middle; optional: left out (and named below) before names are squeezed
-    under a readable width.
+    elastic: text that may be elided in its middle; optional: left out, the last
+    such column first, and named below, before names are squeezed under a readable width.
     """
 
     head: str
@@ -55,9 +56,9 @@ class Grid:
             for i, column in enumerate(self.columns)
         ]
         kept = list(range(len(self.columns)))
-        for i in [i for i in kept if self.columns[i].optional]:
+        for i in [i for i in reversed(kept) if self.columns[i].optional]:
             if self._room(kept, natural, available) < sum(
-                min(natural[k], 2 * _NARROWEST) for k in kept if self.columns[k].elastic
+                min(natural[k], _READABLE) for k in kept if self.columns[k].elastic
             ):
                 kept.remove(i)
         elastic = [i for i in kept if self.columns[i].elastic]
@@ -91,10 +92,12 @@ def elide(text: str, width: int, ellipsis: str = "…") -> str:
 
 
 def _share(room: int, wanted: dict[int, int]) -> dict[int, int]:
-    """`room` among columns: each what it wants, or an equal part of what those that want little leave over."""
+    """`room` among columns: each what it wants, the first of them first, but none squeezed under _NARROWEST."""
     widths: dict[int, int] = {}
-    for count, i in zip(range(len(wanted), 0, -1), sorted(wanted, key=wanted.__getitem__), strict=True):
-        widths[i] = max(min(wanted[i], (room - sum(widths.values())) // count), min(wanted[i], _NARROWEST))
+    least = {i: min(width, _NARROWEST) for i, width in wanted.items()}
+    for i, width in wanted.items():
+        others = sum(widths.get(k, least[k]) for k in wanted if k != i)
+        widths[i] = max(min(width, room - others), least[i])
     return widths
 
 
