@@ -103,7 +103,7 @@ def _modules(view: _View, depth: int) -> Iterator[RenderableType]:
         rows.append(["  " * level + name, node.cls, format_fixed(node.parameters, params), shape, *cells, share])
     yield Grid(columns, rows)
     if any(node.repeats > 1 for _, _, node in shown):
-        yield Text("(32x) and the like: so many identical modules; the figures are of all of them together.", "dim")
+        yield Facts([("", "(Nx): N identical modules in a row, their figures added up.")])
 
 
 def _visible(node: Node, depth: int, level: int) -> Iterator[tuple[int, str, Node]]:

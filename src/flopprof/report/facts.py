@@ -14,13 +14,14 @@ _NARROWEST = 20
 
 @dataclass(frozen=True)
 class Facts:
-    """(label, text) pairs; an empty label continues the fact above."""
+    """(label, text) pairs; an empty label continues the fact above. Without any label, plain sentences."""
 
     lines: Sequence[tuple[str, str]]
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """Labels in one column, the text wrapped at spaces beside them."""
-        indent = max((len(label) for label, _ in self.lines), default=0) + 2
+        longest = max((len(label) for label, _ in self.lines), default=0)
+        indent = longest + 2 if longest else 0
         room = max(options.max_width - indent, _NARROWEST)
         for label, text in self.lines:
             wrapped = textwrap.wrap(text, room, break_long_words=False, break_on_hyphens=False) or [""]

@@ -9,6 +9,8 @@ from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.text import Text
 
+from flopprof.report.facts import Facts
+
 _GAP = 2
 _NARROWEST = 10
 _READABLE = 14
@@ -47,7 +49,7 @@ class Grid:
             yield self._line(row, kept, widths, ellipsis, "")
         left_out = [self.columns[i].head.replace("\n", " ") for i in range(len(self.columns)) if i not in kept]
         if left_out:
-            yield Text(f"(not shown for want of width: {', '.join(left_out)})", style="dim")
+            yield Facts([("", f"(not shown for want of width: {', '.join(left_out)})")])
 
     def _layout(self, available: int) -> tuple[list[int], dict[int, int]]:
         """Which columns are kept, and how wide each is."""
