@@ -1,1 +1,1 @@
-import flopprof_package_that_does_not_exist
+import flopprof_package_that_does_not_exist  # noqa: F401

@@ -18,7 +18,7 @@ from torch import nn
 
 from flopprof.errors import FlopprofError, ModelFailed, UsageError
 from flopprof.models.inputs import first_line, place, tensors_in
-from flopprof.models.request import Request, construct
+from flopprof.models.request import Request, construct, undisturbed_random_state
 from flopprof.models.workload import Workload
 
 
@@ -88,7 +88,7 @@ def _import(file: Path) -> ModuleType:
     before = set(sys.modules)
     sys.modules[name] = module  # dataclasses and pickles look their module up here
     try:
-        with _importable(file):
+        with _importable(file), undisturbed_random_state():
             spec.loader.exec_module(module)
     except BaseException as error:
         for imported in set(sys.modules) - before:

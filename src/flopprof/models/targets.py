@@ -13,6 +13,9 @@ from flopprof.models.inputs import parse_dtype, parse_input
 from flopprof.models.request import Request
 from flopprof.models.workload import Workload
 
+# Of two names that are about as near, the one that needs no prefix is the likelier.
+_TIMM_HANDICAP = 0.1
+
 
 def load(
     target: str,
@@ -57,19 +60,15 @@ def load(
 
 def suggestions(target: str, limit: int = 3) -> list[str]:
     """The known targets nearest to a misspelt one, best first."""
-    wanted = target.lower()
-    bare = wanted.removeprefix("timm:")
-    names = timm.names()
-    if bare != wanted:
-        pools = [(bare, {name: f"timm:{name}" for name in names})]
-    else:
-        pools = [(wanted, {name: name for name in vision.names()}), (bare, {name: f"timm:{name}" for name in names})]
+    query = target.lower().removeprefix("timm:")
+    timm_names = {name: f"timm:{name}" for name in timm.names()}
+    vision_names = {} if query != target.lower() else {name: name for name in vision.names()}
     scored = [
-        (difflib.SequenceMatcher(None, query, name).ratio(), -rank, pool[name])
-        for rank, (query, pool) in enumerate(pools)
-        for name in difflib.get_close_matches(query, pool, n=limit, cutoff=0.6)
+        (difflib.SequenceMatcher(None, query, name).ratio() - handicap * (name != query), shown[name])
+        for handicap, shown in ((0.0, vision_names), (_TIMM_HANDICAP, timm_names))
+        for name in difflib.get_close_matches(query, shown, n=limit)
     ]
-    return [shown for *_, shown in sorted(scored, key=lambda item: item[:2], reverse=True)[:limit]]
+    return [shown for _, shown in sorted(scored, key=lambda item: item[0], reverse=True)[:limit]]
 
 
 def _unknown(target: str) -> Workload:
