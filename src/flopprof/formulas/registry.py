@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from flopprof.errors import FormulaError
 
@@ -32,6 +32,7 @@ class LengthsUnknown(Exception):
 
 
 Formula = Callable[..., "int | Cost"]
+F = TypeVar("F", bound=Formula)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,21 +56,30 @@ class Rule:
 RULES: dict[str, Rule] = {}
 
 
+_registrations = [0]
+
+
+def generation() -> int:
+    """How many registrations there were: whoever keeps a table of rules rebuilds it when this has changed."""
+    return _registrations[0]
+
+
 def formula(
-    *names: str, operands: tuple[int, ...] = (0, 1), wanted: bool = False
-) -> Callable[[Formula], Formula]:
+    *names: str, operands: tuple[int, ...] = (0, 1), wanted: bool = False, replace: bool = False
+) -> Callable[[F], F]:
     """Decorator: the function below is the cost of these operators.
 
     It gets the operator's arguments as they were passed (only `.shape`, and for ragged or sparse operands
     their lengths, may be read), plus `out=`; it returns an int or a Cost and must not touch data otherwise.
     """
 
-    def register(function: Formula) -> Formula:
+    def register(function: F) -> F:
         for name in names:
-            if name.count("::") != 1 or name.endswith("_") and not name.endswith("__"):
+            if name.count("::") != 1 or (name.endswith("_") and not name.endswith("__")):
                 raise FormulaError(f"{name!r} is no operator name: write it as 'namespace::operator'.")
-            if name in RULES:
+            if name in RULES and not replace:
                 raise FormulaError(f"{name} has a formula already: {RULES[name].formula.__module__}.")
+            _registrations[0] += 1
             RULES[name] = Rule(name, function, operands, wanted, (function.__doc__ or "").strip())
         return function
 
