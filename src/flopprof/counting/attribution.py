@@ -1,0 +1,200 @@
+"""Which module is running, and which module's forward made this autograd node?
+
+A Frame is a place that FLOPs are charged to: a module under one name, or a region. Names come from the
+registered module tree. Timeline answers for backward: autograd numbers its nodes in the order of creation,
+so noting the running frame with that number at each module's enter and exit gives, for any node, the frame
+that was running when its forward operator ran.
+"""
+
+from __future__ import annotations
+
+import weakref
+from array import array
+from bisect import bisect_left, bisect_right
+from collections import deque
+from collections.abc import Iterator
+
+import torch
+
+from flopprof.counting.operands import Sources
+
+_WRAPPERS = {"DataParallel", "DistributedDataParallel", "FullyShardedDataParallel"}
+_WRAPPED_ATTRIBUTES = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+
+# A loop that never runs backward over its graphs (evaluation without no_grad) must not grow for ever.
+_MOST_NOTES = 1 << 16
+# How many finished backward passes keep their notes: two losses may share a forward without retain_graph.
+_KEPT_PASSES = 8
+
+
+class Frame:
+    """A module under one name (or a region): what FLOPs are charged to."""
+
+    __slots__ = ("calls", "children", "cls", "fqn", "module", "output_shape", "parameters")
+
+    def __init__(self, fqn: str, cls: str, module: torch.nn.Module | None = None) -> None:
+        self.fqn = fqn
+        self.cls = cls
+        self.module = None if module is None else weakref.ref(module)
+        self.children: dict[int, Frame] = {}
+        self.calls = 0
+        self.output_shape: tuple[int, ...] | None = None
+        self.parameters: tuple[int, int] | None = None  # (with children, own), once measured
+
+    def __repr__(self) -> str:
+        return f"Frame({self.fqn!r}, {self.cls})"
+
+
+class Names:
+    """fqns for modules: those of the model's own tree, and invented ones for modules outside it."""
+
+    def __init__(self, model: torch.nn.Module | None, sources: Sources) -> None:
+        self._sources = sources
+        self.root = Frame("", type(model).__name__ if model is not None else "")
+        self.frames: dict[str, Frame] = {"": self.root}
+        self._fqns: dict[int, tuple[weakref.ref[torch.nn.Module], list[str]]] = {}  # by id(module)
+        self._taken: dict[str, int] = {}
+        if model is not None:
+            self.root.module = weakref.ref(unwrap(model))
+            self.root.cls = type(unwrap(model)).__name__
+            self._register(model, "")
+
+    def enter(self, parent: Frame, module: torch.nn.Module) -> Frame:
+        """The frame of `module` called while `parent` runs."""
+        frame = parent.children.get(id(module))
+        if frame is not None and (frame is parent or (frame.module is not None and frame.module() is module)):
+            return frame
+        frame = self._resolve(parent, module)
+        parent.children[id(module)] = frame
+        return frame
+
+    def region(self, parent: Frame, name: str) -> Frame:
+        """The frame of code named by the user, under the running module."""
+        return self._frame(f"{parent.fqn}.{name}" if parent.fqn else name, "region", None)
+
+    def _resolve(self, parent: Frame, module: torch.nn.Module) -> Frame:
+        fqns = self._known(module)
+        if not fqns:
+            fqns = self._adopt(parent, module)
+            if not fqns:
+                return parent
+        return self._frame(_nearest(fqns, parent.fqn), type(module).__name__, module)
+
+    def _adopt(self, parent: Frame, module: torch.nn.Module) -> list[str]:
+        owner = parent.module() if parent.module is not None else None
+        for key, child in owner._modules.items() if owner is not None else ():
+            if child is module:
+                self._register(module, f"{parent.fqn}.{key}" if parent.fqn else key)
+                return self._known(module)
+        if is_wrapper(module):
+            return []
+        cls = type(module).__name__
+        base = f"{parent.fqn}.{cls}" if parent.fqn else cls
+        number = self._taken.get(base, 0) + 1
+        self._taken[base] = number
+        self._register(module, base if number == 1 else f"{base}#{number}")
+        return self._known(module)
+
+    def _known(self, module: torch.nn.Module) -> list[str]:
+        entry = self._fqns.get(id(module))
+        return entry[1] if entry is not None and entry[0]() is module else []
+
+    def _register(self, module: torch.nn.Module, fqn: str) -> None:
+        self._sources.add_module(walk(module, fqn))
+        for name, submodule in walk(module, fqn):
+            known = self._known(submodule)
+            if not known:
+                self._fqns[id(submodule)] = (weakref.ref(submodule), [name])
+            elif name not in known:
+                known.append(name)
+
+    def _frame(self, fqn: str, cls: str, module: torch.nn.Module | None) -> Frame:
+        frame = self.frames.get(fqn)
+        if frame is None:
+            frame = self.frames[fqn] = Frame(fqn, cls, module)
+        elif module is not None and (frame.module is None or frame.module() is None):
+            frame.module, frame.cls = weakref.ref(module), cls
+        return frame
+
+
+def is_wrapper(module: torch.nn.Module) -> bool:
+    """Does this module only wrap another (DDP, a compiled model), so that it has no name of its own?"""
+    return type(module).__name__ in _WRAPPERS or not _WRAPPED_ATTRIBUTES.isdisjoint(module._modules)
+
+
+def unwrap(module: torch.nn.Module) -> torch.nn.Module:
+    """The module inside DDP, DataParallel or torch.compile wrappers."""
+    while is_wrapper(module):
+        module = next(child for child in module._modules.values() if child is not None)
+    return module
+
+
+def walk(module: torch.nn.Module, fqn: str = "") -> Iterator[tuple[str, torch.nn.Module]]:
+    """Every (fqn, module) below, shared ones under each name, cycles cut; wrapper prefixes dropped."""
+    stack: list[tuple[str, torch.nn.Module, frozenset[int]]] = [(fqn, module, frozenset())]
+    while stack:
+        name, current, above = stack.pop()
+        yield name, current
+        inside = above | {id(current)}
+        wrapper = is_wrapper(current)
+        for key, child in reversed(current._modules.items()):
+            if child is not None and id(child) not in inside:
+                stack.append((name if wrapper else f"{name}.{key}" if name else key, child, inside))
+
+
+def _nearest(fqns: list[str], parent: str) -> str:
+    """The name under the nearest running parent; the first registered one where none is."""
+    if len(fqns) == 1:
+        return fqns[0]
+    while parent:
+        for name in fqns:
+            if name == parent or name.startswith(f"{parent}."):
+                return name
+        parent = parent.rpartition(".")[0]
+    return fqns[0]
+
+
+class Timeline:
+    """Frames over autograd sequence numbers: `owner(n)` ran when node n was made."""
+
+    def __init__(self, root: Frame) -> None:
+        self._root = root
+        self._starts = array("q", [-1])
+        self._owners: list[Frame] = [root]
+        self._passes: deque[tuple[int, int]] = deque()
+        self.last = -1
+
+    def note(self, sequence: int, frame: Frame) -> None:
+        """From node number `sequence` on, `frame` is running."""
+        if self._starts[-1] >= sequence:
+            self._owners[-1] = frame
+        else:
+            self._starts.append(sequence)
+            self._owners.append(frame)
+            if len(self._starts) > _MOST_NOTES:
+                self._forget(1, len(self._starts) // 2)
+
+    def owner(self, sequence: int) -> Frame:
+        """The frame that was running when node number `sequence` was made."""
+        return self._owners[bisect_right(self._starts, sequence) - 1]
+
+    def finished(self, first: int, last: int) -> range:
+        """A backward pass over nodes first..last freed its graph; returns the older nodes forgotten now."""
+        self._passes.append((first, last))
+        if len(self._passes) <= _KEPT_PASSES:
+            return range(0)
+        low, high = self._passes.popleft()
+        self._forget(max(bisect_left(self._starts, low), 1), bisect_right(self._starts, high) - 1)
+        return range(low, high + 1)
+
+    def _forget(self, begin: int, end: int) -> None:
+        if end <= begin:
+            return
+        if self._owners[begin - 1] is not self._root:  # what is forgotten belongs to the root from now on
+            self._owners[begin] = self._root
+            begin += 1
+        del self._starts[begin:end]
+        del self._owners[begin:end]
+
+    def __len__(self) -> int:
+        return len(self._starts)

@@ -1,0 +1,228 @@
+"""Process-wide instrumentation, in place only while a counter is open.
+
+Three things are not visible to a dispatch mode: which module is called, whether a backward builds a graph
+of its own, and which checkpoint is replayed. Each is observed by wrapping one function of torch; the wrappers
+serve every open counter of the running thread (a counter is found through the dispatch mode stack, which
+autograd carries to its device threads) and are removed when the last counter closes.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.utils.checkpoint
+from torch.autograd.variable import Variable
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+_stack_size = torch._C._len_torch_dispatch_stack
+_stack_at = torch._C._get_dispatch_stack_at
+
+
+# The classes of counters, filled by the module that defines them: this one is below it.
+counter_types: set[type] = set()
+
+
+def active() -> list[Any]:
+    """The open counters of this thread, outermost first."""
+    modes = (_stack_at(index) for index in range(_stack_size()))
+    return [mode for mode in modes if type(mode) in counter_types]
+
+
+def _top() -> list[Any]:
+    # One counter alone on the stack is the usual case, and this runs at every module call.
+    if _stack_size() == 1:
+        mode = _stack_at(0)
+        return [mode] if type(mode) in counter_types else []
+    return active()
+
+
+_original_call = torch.nn.Module._call_impl
+
+
+def _module_call(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+    if torch.compiler.is_compiling() or not _stack_size():
+        return _original_call(self, *args, **kwargs)
+    counters = _top()
+    if len(counters) == 1:
+        counter = counters[0]
+        call = counter.where.enter(self)
+        seen = counter.seen
+        try:
+            output = _original_call(self, *args, **kwargs)
+        finally:
+            counter.where.leave(call)
+        counter.returned(call.frame, seen, (args, kwargs), output)
+        return output
+    calls = [(counter, counter.where.enter(self), counter.seen) for counter in counters]
+    try:
+        output = _original_call(self, *args, **kwargs)
+    finally:
+        for counter, call, _seen in reversed(calls):
+            counter.where.leave(call)
+    for counter, call, seen in calls:
+        counter.returned(call.frame, seen, (args, kwargs), output)
+    return output
+
+
+class _Engine:
+    """The autograd engine, telling open counters of each backward pass and whether it builds a graph."""
+
+    def __init__(self, engine: Any) -> None:
+        self._engine = engine
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine, name)
+
+    def run_backward(self, *args: Any, **kwargs: Any) -> Any:
+        retain_graph = args[2] if len(args) > 2 else kwargs.get("keep_graph", False)
+        create_graph = args[3] if len(args) > 3 else kwargs.get("create_graph", False)
+        counters = active()
+        for counter in counters:
+            counter.where.enter_pass(retain_graph=bool(retain_graph), create_graph=bool(create_graph))
+        try:
+            return self._engine.run_backward(*args, **kwargs)
+        finally:
+            for counter in counters:
+                counter.where.leave_pass()
+
+
+# Checkpointed regions by their recompute frame: where each open counter was when the region ran forward.
+_regions: weakref.WeakKeyDictionary[Any, list[tuple[Any, Any]]] = weakref.WeakKeyDictionary()
+
+
+def _remember_region(hook: type) -> Callable[..., None]:
+    original: Callable[..., None] = hook.__init__
+
+    def __init__(self: Any, frame: Any) -> None:  # noqa: N807 - stands in for a constructor
+        original(self, frame)
+        counters = active()
+        if counters:
+            _regions[frame] = [(weakref.ref(counter), counter.where.frame) for counter in counters]
+
+    return __init__
+
+
+def _replay(hook: type) -> tuple[Callable[..., None], Callable[..., Any], Callable[..., Any]]:
+    original: Callable[..., None] = hook.__init__
+    enter: Callable[..., Any] = hook.__enter__  # type: ignore[attr-defined]  # a context manager
+    leave: Callable[..., Any] = hook.__exit__  # type: ignore[attr-defined]
+
+    def __init__(self: Any, frame_ref: Any, gid: Any) -> None:  # noqa: N807
+        original(self, frame_ref, gid)
+        self._flopprof = frame_ref
+
+    def __enter__(self: Any) -> Any:  # noqa: N807
+        frame = self._flopprof()
+        places = {id(ref()): place for ref, place in _regions.get(frame, ())}
+        self._flopprof_tokens = [(c, c.where.enter_replay(places.get(id(c)))) for c in active()]
+        return enter(self)
+
+    def __exit__(self: Any, *error: Any) -> Any:  # noqa: N807
+        try:
+            return leave(self, *error)
+        finally:
+            for counter, token in reversed(self._flopprof_tokens):
+                counter.where.leave_replay(token)
+
+    return __init__, __enter__, __exit__
+
+
+def _before_step(optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    counters = active()
+    step = sys._getframe(1)
+    for counter in counters:
+        counter.where.enter_optimizer(step)
+    position = next((i for i, item in enumerate(args) if i > 0 and callable(item)), None)
+    closure = args[position] if position is not None else kwargs.get("closure")
+    if not counters or closure is None:
+        return None
+
+    def outside() -> Any:  # what a closure runs is forward and backward, not optimizer
+        for counter in counters:
+            counter.where.leave_optimizer()
+        try:
+            return closure()
+        finally:
+            for counter in counters:
+                counter.where.enter_optimizer()
+
+    if position is None:
+        return args, {**kwargs, "closure": outside}
+    return (*args[:position], outside, *args[position + 1 :]), kwargs
+
+
+def _after_step(optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    for counter in active():
+        counter.where.leave_optimizer()
+
+
+_original_apply = torch.autograd.Function.__dict__["apply"]
+
+
+def _function_apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
+    apply = _original_apply.__get__(None, cls)
+    if torch.compiler.is_compiling() or not _stack_size():
+        return apply(*args, **kwargs)
+    counters = active()
+    tokens = [counter.unseen.watch() for counter in counters]
+    output = None
+    try:
+        output = apply(*args, **kwargs)
+    finally:
+        found = [counter.unseen.unwatch(token, (args, kwargs), output) for counter, token in zip(counters, tokens, strict=True)]
+    for counter, missing in zip(counters, found, strict=True):
+        if missing:
+            counter.uncounted(cls.__name__, args, "its output was produced outside the dispatcher")
+    return output
+
+
+class _Installed:
+    """The wrappers, counted: the first counter puts them in place, the last one takes them away."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._users = 0
+        self._undo: list[Callable[[], object]] = []
+
+    def acquire(self) -> None:
+        with self._lock:
+            self._users += 1
+            if self._users == 1:
+                self._install()
+
+    def release(self) -> None:
+        with self._lock:
+            self._users -= 1
+            if self._users == 0:
+                while self._undo:
+                    self._undo.pop()()
+
+    def _install(self) -> None:
+        self._replace(torch.nn.Module, "_call_impl", _module_call)
+        self._replace(torch.autograd.Function, "apply", classmethod(_function_apply))
+        self._replace(Variable, "_execution_engine", _Engine(Variable._execution_engine))
+        region = getattr(torch.utils.checkpoint, "_checkpoint_hook", None)
+        if region is not None:
+            self._replace(region, "__init__", _remember_region(region))
+        replay = getattr(torch.utils.checkpoint, "_recomputation_hook", None)
+        if replay is not None:
+            for name, function in zip(("__init__", "__enter__", "__exit__"), _replay(replay), strict=True):
+                self._replace(replay, name, function)
+        self._undo.append(register_optimizer_step_pre_hook(_before_step).remove)
+        self._undo.append(register_optimizer_step_post_hook(_after_step).remove)
+
+    def _replace(self, owner: type, name: str, value: Any) -> None:
+        if name in owner.__dict__:
+            original = owner.__dict__[name]
+            self._undo.append(lambda: setattr(owner, name, original))
+        else:
+            self._undo.append(lambda: delattr(owner, name))
+        setattr(owner, name, value)
+
+
+installed = _Installed()

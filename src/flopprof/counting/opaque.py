@@ -1,0 +1,71 @@
+"""Operators that no table knows: run exactly as they would, with the counter looking inside."""
+
+from __future__ import annotations
+
+import sys
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils._pytree import tree_leaves, tree_map
+
+from flopprof.counting.operators import Entry, Kind, is_composite, keys_below_python
+
+if TYPE_CHECKING:
+    from flopprof.counting.runtime import FlopCounter
+
+
+def run(counter: FlopCounter, entry: Entry, args: Any, kwargs: Any) -> Any:
+    """The operator's own result; what it runs inside is counted, and named where nothing could be."""
+    if entry.kind is Kind.UNCOUNTED:
+        counter.uncounted(entry.name, args, entry.reason)
+        return entry.call(*args, **kwargs)
+    if entry.kind is Kind.HIGHER_ORDER:
+        return _higher_order(counter, entry, args, kwargs)
+    before = counter.counted_calls
+    out = see_through(counter, entry.func, args, kwargs)
+    if counter.counted_calls == before and not _explained(entry):
+        counter.uncounted(entry.name, args, "no formula, and no counted operator inside")
+    return out
+
+
+def see_through(counter: FlopCounter, func: Any, args: Any, kwargs: Any) -> Any:
+    """Run the kernel that would have run, with the counter active for what it calls.
+
+    The operator is dispatched again below the Python key, so nothing is decomposed that was whole.
+    """
+    tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+    with counter.again():
+        return func._handle.redispatch_boxed(keys_below_python(tensors), *args, **kwargs)
+
+
+def _explained(entry: Entry) -> bool:
+    # A torch operator written in terms of others is the sum of what it called, also where that is nothing.
+    return entry.kind is Kind.COUNTED or (entry.name.startswith("aten::") and is_composite(entry.func))
+
+
+def compiling_higher_order() -> bool:
+    """Is torch setting up a control-flow operator (cond, scan, flex_attention ...) for its eager run?"""
+    utils = sys.modules.get("torch._higher_order_ops.utils")
+    return bool(getattr(getattr(utils, "_hop_compile_tls", None), "in_hop_compile", False))
+
+
+def _higher_order(counter: FlopCounter, entry: Entry, args: Any, kwargs: Any) -> Any:
+    """Run it as it would run, its branches and bodies with the counter active."""
+    wrapped_args, wrapped_kwargs = tree_map(partial(_inside, counter), (args, kwargs))
+    counter.where.higher += 1
+    try:
+        return entry.func(*wrapped_args, **wrapped_kwargs)
+    finally:
+        counter.where.higher -= 1
+
+
+def _inside(counter: FlopCounter, leaf: Any) -> Any:
+    if isinstance(leaf, torch.Tensor | type) or not callable(leaf):
+        return leaf
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        with counter.again():
+            return leaf(*args, **kwargs)
+
+    return counted

@@ -1,0 +1,96 @@
+"""What is this tensor: a parameter (through views, casts and copies), a buffer, or an activation?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from flopprof.profile import Kind
+
+# Copies of parameters die with the step that made them; their records are swept once this many are held.
+_SWEEP_AT = 1024
+
+
+class Source(NamedTuple):
+    """Where a tensor's values come from."""
+
+    kind: Kind
+    name: str
+
+
+class Sources:
+    """Storages of parameters and buffers, and of copies made of nothing else."""
+
+    def __init__(self) -> None:
+        self.known: dict[int, Source] = {}
+        self._alive: dict[int, StorageWeakRef] = {}  # a dead storage's address must not be taken for it
+        self._sweep_at = _SWEEP_AT
+
+    def add_module(self, submodules: Iterable[tuple[str, torch.nn.Module]]) -> None:
+        """Learn every parameter and buffer of these (fqn, module), under its first name."""
+        for name, submodule in submodules:
+            prefix = f"{name}." if name else ""
+            for key, parameter in submodule._parameters.items():
+                if parameter is not None:
+                    self._add(parameter, Source("parameter", prefix + key))
+            for key, buffer in submodule._buffers.items():
+                if buffer is not None:
+                    self._add(buffer, Source("buffer", prefix + key))
+
+    def derive(self, args: Any, result: Any) -> None:
+        """`result` was computed from `args`: where all of them are parameters or buffers, so is it."""
+        known, sources = self.known, []
+        for item in args:
+            for tensor in (item,) if isinstance(item, torch.Tensor) else item if isinstance(item, list | tuple) else ():
+                if not isinstance(tensor, torch.Tensor):
+                    break
+                try:
+                    source = known.get(tensor.untyped_storage()._cdata)
+                except (RuntimeError, NotImplementedError):
+                    return
+                if source is None:
+                    return
+                sources.append(source)
+        if sources:
+            source = _merged(sources)
+            for item in result if isinstance(result, tuple | list) else (result,):
+                if isinstance(item, torch.Tensor):
+                    self._add(item, source)
+
+    def _add(self, tensor: torch.Tensor, source: Source) -> None:
+        try:
+            storage = tensor.untyped_storage()
+        except (RuntimeError, NotImplementedError):  # sparse, nested, wrapper subclass: no storage of its own
+            for inner in _inner_tensors(tensor):
+                self._add(inner, source)
+            return
+        key = storage._cdata
+        if key in self.known:
+            return
+        self.known[key] = source
+        self._alive[key] = StorageWeakRef(storage)
+        if len(self._alive) > self._sweep_at:
+            self._sweep()
+
+    def _sweep(self) -> None:
+        for key in [key for key, ref in self._alive.items() if ref.expired()]:
+            del self._alive[key], self.known[key]
+        self._sweep_at = max(_SWEEP_AT, 2 * len(self._alive))
+
+
+def _merged(sources: list[Source]) -> Source:
+    parameters = list(dict.fromkeys(source for source in sources if source.kind == "parameter"))
+    if not parameters:
+        return sources[0]
+    return parameters[0] if len(parameters) == 1 else Source("parameter", " + ".join(p.name for p in parameters))
+
+
+def _inner_tensors(tensor: torch.Tensor) -> list[torch.Tensor]:
+    flatten = getattr(tensor, "__tensor_flatten__", None)
+    if flatten is None:
+        return []
+    names, _context = flatten()
+    return [getattr(tensor, name) for name in names]

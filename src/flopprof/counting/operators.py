@@ -1,0 +1,157 @@
+"""What to do with one torch operator: looked up once per overload, then a dictionary read by identity."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from enum import IntEnum
+from typing import Any
+
+import torch
+
+from flopprof.formulas import RULES, Rule, generation
+from flopprof.formulas.elementwise import ELEMENTWISE, Elementwise
+from flopprof.formulas.free import FREE, FREE_NAMESPACES, UNCOUNTED
+
+
+class Kind(IntEnum):
+    """How an operator is treated."""
+
+    FREE = 0
+    ELEMENTWISE = 1
+    COUNTED = 2
+    OPAQUE = 3  # no table knows it: run it with the counter looking inside
+    UNCOUNTED = 4
+    HIGHER_ORDER = 5
+
+
+# In backward, these nodes spell their matrix-vector products as a broadcast multiplication.
+PRODUCT_NODES = frozenset({"MvBackward0", "DotBackward0", "VdotBackward0", "AddmvBackward0"})
+
+# Free operators that make new storage of one tensor's values: a copy of a parameter is the parameter still.
+_COPIES = frozenset({"aten::_to_copy", "aten::clone", "aten::contiguous", "aten::copy", "aten::cat", "aten::stack"})
+# The same among elementwise ones: a masked, scaled, normalised or merged parameter is the parameter still.
+_REFORMS = frozenset(
+    {"aten::_weight_norm_interface", "aten::_weight_norm", "aten::mul", "aten::div", "aten::where", "aten::masked_fill"}
+)
+
+
+class Entry:
+    """One operator overload and its treatment."""
+
+    __slots__ = (
+        "call", "derives", "elementwise", "func", "kind", "makes_storage", "name", "per_out", "positions", "product",
+        "reason", "rule", "unit",
+    )  # fmt: skip
+
+    def __init__(self, func: Any, name: str, kind: Kind) -> None:
+        self.func = func  # also keeps id(func) from being taken by another operator
+        self.name = name
+        self.kind = kind
+        self.call: Callable[..., Any] = getattr(func, "_op", func)
+        self.rule: Rule | None = None
+        self.elementwise: Elementwise | None = None
+        self.unit = 0
+        self.per_out = False
+        self.derives = name in _COPIES or name in _REFORMS
+        self.product = name == "aten::mul"
+        self.positions: tuple[int, ...] = (0, 1)
+        self.makes_storage = not _is_view(func) and not name.startswith(("aten::empty", "aten::new_empty"))
+        self.reason = ""
+
+    def measure(self, args: Any, kwargs: Any, out: Any) -> int:
+        """Elementwise FLOPs of a call whose cost is not simply per element of its result."""
+        cost = self.elementwise
+        assert cost is not None
+        if cost.cost_of is not None:
+            return cost.cost_of(*args, **kwargs, out=out)
+        return cost.cost * _numel(out if cost.per == "out" else args[0] if args else next(iter(kwargs.values())))
+
+
+_entries: dict[int, Entry] = {}
+_generation = -1
+
+
+def entries() -> dict[int, Entry]:
+    """The table by id(func), emptied when a formula was registered since."""
+    global _generation  # noqa: PLW0603 - one table for the process
+    if _generation != generation():
+        _entries.clear()
+        _generation = generation()
+    return _entries
+
+
+def base_name(func: Any) -> str:
+    """`aten::add_.Tensor` -> `aten::add`: the name that tables use."""
+    if isinstance(func, torch._ops.HigherOrderOperator):
+        return f"higher_order::{func.name()}"
+    name: str = func._schema.name
+    if name.endswith("_") and not name.endswith("__") and func._schema.is_mutable:
+        name = name[:-1]
+    return name
+
+
+def learn(func: Any) -> Entry:
+    """The entry of an operator that was not seen before."""
+    entry = _entries[id(func)] = _classify(func, base_name(func))
+    return entry
+
+
+def _classify(func: Any, name: str) -> Entry:
+    if name in RULES:
+        entry = Entry(func, name, Kind.COUNTED)
+        entry.rule = RULES[name]
+        entry.positions = entry.rule.operands
+    elif isinstance(func, torch._ops.HigherOrderOperator):
+        entry = Entry(func, name, Kind.HIGHER_ORDER)
+    elif name in ELEMENTWISE:
+        entry = Entry(func, name, Kind.ELEMENTWISE)
+        cost = ELEMENTWISE[name]
+        entry.elementwise = cost
+        entry.unit = cost.cost
+        entry.per_out = cost.per == "out" and cost.cost_of is None
+    elif name in FREE or name.partition("::")[0] in FREE_NAMESPACES or not _has_tensor(func):
+        entry = Entry(func, name, Kind.FREE)
+    elif name in UNCOUNTED:
+        entry = Entry(func, name, Kind.UNCOUNTED)
+        entry.reason = UNCOUNTED[name]
+    else:
+        entry = Entry(func, name, Kind.OPAQUE)
+    return entry
+
+
+def _numel(value: Any) -> int:
+    if isinstance(value, torch.Tensor):
+        return value.numel()
+    if isinstance(value, tuple | list) and value:
+        # A list of tensors (foreach) is all of them; a tuple of results is its first.
+        return sum(_numel(item) for item in value) if isinstance(value, list) else _numel(value[0])
+    return 0
+
+
+def _is_view(func: Any) -> bool:
+    schema = getattr(func, "_schema", None)
+    if schema is None:
+        return False
+    return any(item.alias_info is not None and not item.alias_info.is_write for item in schema.returns)
+
+
+def is_composite(func: Any) -> bool:
+    """Is the operator written in terms of other operators?"""
+    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")) or bool(
+        torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeExplicitAutograd")
+    )
+
+
+def _has_tensor(func: Any) -> bool:
+    schema = func._schema
+    return any("Tensor" in str(item.type) for item in (*schema.arguments, *schema.returns))
+
+
+def keys_below_python(tensors: list[torch.Tensor]) -> torch._C.DispatchKeySet:
+    """The dispatch keys that come after the Python key for these arguments, in this thread's state."""
+    keys = torch._C._dispatch_tls_local_include_set()
+    for tensor in tensors:
+        keys = keys | torch._C._dispatch_keys(tensor)
+    keys = keys - torch._C._dispatch_tls_local_exclude_set()
+    keys = keys & torch._C._dispatch_keyset_full_after(torch._C.DispatchKey.Python)
+    return keys - torch._C.DispatchKeySet(torch._C.DispatchKey.BackendSelect)

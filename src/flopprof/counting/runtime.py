@@ -1,0 +1,306 @@
+"""FlopCounter: tallies operators as they run, in forward, backward, recompute and optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch._C._dynamo import eval_frame as _eval_frame
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from flopprof.counting import opaque
+from flopprof.counting.attribution import Frame, Names
+from flopprof.counting.instrument import active, counter_types, installed
+from flopprof.counting.operands import Sources
+from flopprof.counting.operators import PRODUCT_NODES, Entry, Kind, entries, learn
+from flopprof.counting.tally import Tally, first_shape, measure
+from flopprof.counting.unseen import Unseen, storages
+from flopprof.counting.whereabouts import Whereabouts
+from flopprof.formulas import Cost, LengthsUnknown
+from flopprof.profile import Attention, Phase, Profile
+
+# Looked up once: these run for every operator.
+_node = torch._C._current_autograd_node
+_grad_enabled = torch.is_grad_enabled
+_Tensor = torch.Tensor
+_FREE, _ELEMENTWISE, _COUNTED = Kind.FREE, Kind.ELEMENTWISE, Kind.COUNTED
+
+
+class FlopCounter(TorchDispatchMode):
+    """Context manager that counts the FLOPs of whatever runs inside it; `.profile` during and after.
+
+    model gives modules their names (`layer1.0.conv2`, root ""); without it roots are named after their class.
+    Counters nest, each counting everything inside it; entering one again goes on with its tally, `reset()`
+    empties it. What runs is not changed: results are bitwise those without the counter.
+
+    >>> import torch
+    >>> model = torch.nn.Linear(4, 5)
+    >>> with FlopCounter(model) as counter:
+    ...     loss = model(torch.randn(3, 4)).sum()
+    ...     loss.backward()
+    >>> counter.profile.forward_flops, counter.profile.backward_flops
+    (120, 120)
+    """
+
+    supports_higher_order_operators = True
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # The wrapper that True would put around __torch_dispatch__ costs more than counting does.
+        return False
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        # Compiled functions run eagerly under a counter, so that all they do is seen. Control-flow operators
+        # compile themselves to be run at all, and insist on it: these compile without the counter.
+        return opaque.compiling_higher_order()
+
+    def __init__(self, model: torch.nn.Module | None = None, *, attention: Attention = "full") -> None:
+        super().__init__()
+        if model is not None and not isinstance(model, torch.nn.Module):
+            raise TypeError(f"FlopCounter takes a module or nothing, got {type(model).__name__}.")
+        if attention not in ("full", "causal"):
+            raise ValueError(f"attention {attention!r} is neither 'full' nor 'causal'.")
+        self.model = model
+        self.attention: Attention = attention
+        self._open = 0
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything counted so far. Raises RuntimeError while the counter is open."""
+        if self._open:
+            raise RuntimeError("FlopCounter.reset() is for a closed counter: leave its `with` block first.")
+        self._sources = Sources()
+        self._names = Names(self.model, self._sources)
+        self._tally = Tally()
+        self.where = Whereabouts(self._names)
+        self.unseen = Unseen()
+        self._entries = entries()
+        self.seen = 0  # operators that produced storage
+        self.counted_calls = 0
+
+    @property
+    def profile(self) -> Profile:
+        """Everything counted so far."""
+        return self._tally.profile(self._names.frames, self.model, self.attention)
+
+    def __enter__(self) -> FlopCounter:
+        if not self._open:
+            self._entries = entries()
+            self.where.open()
+            installed.acquire()
+        self._open += 1
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._open -= 1
+        if not self._open:
+            installed.release()
+            measure(self._names.frames, self.model)
+            self.where.close()
+
+    @contextmanager
+    def again(self) -> Iterator[None]:
+        """Active once more, for what an operator runs inside: the mode is off while it handles one."""
+        TorchDispatchMode.__enter__(self)
+        try:
+            yield
+        finally:
+            TorchDispatchMode.__exit__(self, None, None, None)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        entry = self._entries.get(id(func)) or learn(func)
+        if types and _foreign(types):
+            return NotImplemented
+        kind = entry.kind
+        if kind is _FREE:
+            out = entry.call(*args, **kwargs) if kwargs else entry.call(*args)
+            if entry.makes_storage:
+                self.seen += 1
+                if entry.derives:
+                    self._sources.derive(args, out)
+        elif kind is _ELEMENTWISE:
+            self.seen += 1
+            out = entry.call(*args, **kwargs) if kwargs else entry.call(*args)
+            node = _node()
+            if node is None:
+                frame, phase = self.where.frame, "optimizer" if self.where.optimizing else "forward"
+                if entry.derives:
+                    self._sources.derive(args, out)
+            else:
+                frame, phase = self.where.backward(node)
+                if entry.product and node.name() in PRODUCT_NODES:
+                    self._count(entry, frame, phase, self._signature(entry, args, kwargs), out, 2 * out.numel())
+                    return out
+            if entry.per_out and type(out) is _Tensor:
+                flops = entry.unit * out.numel()
+            else:
+                flops = entry.measure(args, kwargs or {}, out)
+            row = self._tally.elementwise.get((entry, frame, phase))
+            if row is None:
+                self._tally.elementwise[entry, frame, phase] = [1, flops]
+            else:
+                row[0] += 1
+                row[1] += flops
+        elif kind is _COUNTED:
+            self.seen += 1
+            try:
+                signature = self._signature(entry, args, kwargs)
+            except RuntimeError:  # a strided nested tensor has no shape: look inside its kernel
+                return opaque.run(self, entry, args, kwargs or {})
+            out = entry.call(*args, **kwargs) if kwargs else entry.call(*args)
+            node = _node()
+            cost = self._cost(entry, args, kwargs or {}, out, node)
+            if cost is not None:
+                if node is None:
+                    frame, phase = self.where.frame, "optimizer" if self.where.optimizing else "forward"
+                else:
+                    frame, phase = self.where.backward(node)
+                if type(cost) is Cost:
+                    self._count(entry, frame, phase, signature, out, cost.flops, cost)
+                    if cost.recompute:
+                        again = Cost(cost.recompute, cost.recompute_causal, mask_known=cost.mask_known)
+                        self._count(entry, frame, "recompute", signature, out, cost.recompute, again)
+                else:
+                    self._count(entry, frame, phase, signature, out, cost)
+        else:
+            self.seen += 1
+            out = opaque.run(self, entry, args, kwargs or {})
+        if self.unseen.produced is not None:
+            self.unseen.saw(entry.name, out)
+        return out
+
+    def _signature(self, entry: Entry, args: Any, kwargs: Any) -> tuple[str, tuple[Any, ...]]:
+        """The parameter multiplied, and per argument its tensors: shape, dtype, gradient wanted, source."""
+        known = self._sources.known
+        positions = entry.positions
+        parameter = ""
+        signature: list[Any] = []
+        for position, item in enumerate((*args, *kwargs.values()) if kwargs else args):
+            if isinstance(item, _Tensor):
+                tensors: Any = (item,)
+            elif isinstance(item, list | tuple) and item and isinstance(item[0], _Tensor):
+                tensors = item
+            else:
+                signature.append(None)
+                continue
+            described = []
+            for tensor in tensors:
+                try:
+                    source = known.get(tensor.untyped_storage()._cdata)
+                except (RuntimeError, NotImplementedError):  # sparse and functorch tensors have no storage
+                    source = None
+                if source is not None and not parameter and source.kind == "parameter" and position in positions:
+                    parameter = source.name
+                described.append((tensor.shape, tensor.dtype, tensor.requires_grad, source))
+            signature.append(tuple(described))
+        return parameter, tuple(signature)
+
+    def _cost(self, entry: Entry, args: Any, kwargs: Any, out: Any, node: Any) -> int | Cost | None:
+        rule = entry.rule
+        assert rule is not None
+        try:
+            if rule.wanted:
+                return rule.formula(*args, **kwargs, out=out, wanted=_wanted(node))
+            return rule.formula(*args, **kwargs, out=out)
+        except LengthsUnknown as unknown:
+            self.uncounted(entry.name, args, str(unknown))
+        except Exception as error:  # a handler must not raise: what ran is right, only its count is not known
+            self.uncounted(entry.name, args, f"its formula failed: {type(error).__name__}: {error}")
+        return None
+
+    def _count(
+        self, entry: Entry, frame: Frame, phase: Phase, signed: Any, out: Any, flops: int, cost: Cost | None = None
+    ) -> None:
+        parameter, signature = signed
+        causal, known = flops, False
+        if cost is not None:
+            known = cost.mask_known
+            if cost.causal is not None:
+                causal = cost.causal
+        graded = _grad_enabled()
+        if not parameter and (phase == "backward" or phase == "recompute"):
+            parameter = self.where.parameter()
+        elif graded and parameter:
+            self.where.remember(parameter)
+        self.counted_calls += 1
+        key = (entry, frame, phase, graded, parameter, signature, _outputs(out))
+        row = self._tally.counted.get(key)
+        if row is None:
+            row = self._tally.new_row(key, known, out)
+        scale = row[4]
+        row[0] += 1
+        row[1] += scale * flops
+        row[2] += scale * causal
+
+    def uncounted(self, name: str, tensors: Any, reason: str = "") -> None:
+        """Record a call that does arithmetic and has no count: never silently 0."""
+        frame, phase = self.where.now()
+        self._tally.add_uncounted(name, frame, phase, tensors, reason)
+
+    def returned(self, frame: Frame, seen: int, inputs: Any, output: Any) -> None:
+        """A module returned: note its output, and whether it came from outside the dispatcher."""
+        if frame.output_shape is None:
+            frame.output_shape = first_shape(output)
+        if seen == self.seen and self.unseen.produced is None:
+            made = storages(output)
+            if made and not made <= storages(inputs) and made.isdisjoint(self._sources.known):
+                self.uncounted(frame.cls, inputs, "its output was produced outside the dispatcher")
+
+
+counter_types.add(FlopCounter)
+# Control-flow operators run inside compiled frames: nothing of the counter, nor what it calls, is compiled along.
+_eval_frame.set_code_exec_strategy(
+    FlopCounter.__torch_dispatch__.__code__,
+    _eval_frame._FrameExecStrategy(_eval_frame._FrameAction.SKIP, _eval_frame._FrameAction.SKIP),
+)
+
+
+@contextmanager
+def region(name: str) -> Iterator[None]:
+    """Name code outside modules: its FLOPs are charged to `name`, under the module that runs.
+
+    >>> with FlopCounter() as counter, region("loss"):
+    ...     _ = torch.ones(2, 3) @ torch.ones(3, 4)
+    >>> counter.profile.by_module()
+    {'': 48, 'loss': 48}
+    """
+    if not name or "." in name:
+        raise ValueError(f"a region's name is a word without dots, got {name!r}.")
+    calls = [(counter, counter.where.enter(None, name)) for counter in active()]
+    try:
+        yield
+    finally:
+        for counter, call in reversed(calls):
+            counter.where.leave(call)
+
+
+def _foreign(types: Any) -> bool:
+    """Does a tensor subclass with its own dispatch take part? Then its inner operators are counted, not it."""
+    for cls in types:
+        dispatch = cls.__torch_dispatch__
+        if dispatch is not _plain_dispatch and cls is not _Tensor and cls.__name__ not in _SHAPES_ONLY:
+            return True
+    return False
+
+
+_plain_dispatch = torch._C._disabled_torch_dispatch_impl
+_SHAPES_ONLY = frozenset({"FakeTensor"})  # stands for a plain tensor: counted here, by its shapes
+
+
+def _wanted(node: Any) -> tuple[bool, ...] | None:
+    if node is None or isinstance(node, torch.autograd.function.BackwardCFunction):
+        return None
+    return tuple(function is not None for function, _index in node.next_functions)
+
+
+def _outputs(out: Any) -> tuple[Any, ...]:
+    if isinstance(out, _Tensor):
+        return ((out.shape, out.dtype),)
+    if isinstance(out, tuple | list):
+        return tuple((item.shape, item.dtype) for item in out if isinstance(item, _Tensor))
+    return ()

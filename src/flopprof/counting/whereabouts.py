@@ -1,0 +1,222 @@
+"""Which module and which phase is running now: the state that a counter's hooks keep up to date."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from types import FrameType
+from typing import Any, NamedTuple
+
+import torch
+
+from flopprof.counting.attribution import Frame, Names, Timeline
+from flopprof.profile import Phase
+
+_node = torch._C._current_autograd_node
+_sequence = torch.autograd._get_sequence_nr
+_grad_enabled = torch.is_grad_enabled
+
+# AccumulateGrad and the graph root carry the largest numbers there are: no forward made them.
+_NO_FORWARD = 1 << 62
+# Forward contractions remembered for backwards that may never come (evaluation without no_grad).
+_MOST_SITES = 1 << 16
+
+
+class _Pass:
+    """One call of the autograd engine."""
+
+    __slots__ = ("create_graph", "first", "last", "replays", "retain_graph", "timeline")
+
+    def __init__(self, timeline: Timeline, retain_graph: bool, create_graph: bool, replays: int) -> None:
+        self.timeline = timeline
+        self.retain_graph = retain_graph
+        self.create_graph = create_graph
+        self.replays = replays
+        self.first = _NO_FORWARD
+        self.last = -1
+
+
+class _Call(NamedTuple):
+    """What a module's exit must undo."""
+
+    previous: Frame
+    parent: Frame
+    frame: Frame
+    timeline: Timeline
+    replays: int
+
+
+class Whereabouts:
+    """The running frame and phase, in forward by the module stack, in backward by the autograd node."""
+
+    def __init__(self, names: Names) -> None:
+        self.names = names
+        self.frame = names.root
+        self.optimizing = 0
+        self._step: FrameType | None = None
+        self._timelines = {threading.get_ident(): Timeline(names.root)}
+        self._timeline = self._timelines[threading.get_ident()]
+        self._passes: list[_Pass] = []
+        self._pass: _Pass | None = None
+        self._replays = 0  # modules that run inside a backward
+        self._checkpoints = 0  # checkpoint replays that torch announced
+        self.higher = 0  # higher-order operators, whose own backward runs with grad mode on
+        self._sites: dict[int, str] = {}
+        self._owned = -2
+        self._owner = names.root
+
+    def open(self) -> None:
+        """The counter is entered by this thread."""
+        self._timeline = self._here()
+
+    def close(self) -> None:
+        """The counter is left: whatever an exception interrupted is over."""
+        self.frame, self._pass, self._passes = self.names.root, None, []
+        self.optimizing = self._replays = self._checkpoints = self.higher = 0
+        self._step = None
+        self._timeline.note(_sequence(), self.frame)
+
+    # --- asked at every operator ---------------------------------------------------------------
+    def now(self) -> tuple[Frame, Phase]:
+        """Frame and phase of whatever runs now."""
+        node = _node()
+        if node is None:
+            return self.frame, "optimizer" if self.optimizing else "forward"
+        return self.backward(node)
+
+    def backward(self, node: Any) -> tuple[Frame, Phase]:
+        """Frame and phase of an operator that runs while the engine evaluates `node`."""
+        if self.optimizing:
+            return self.frame, "optimizer"
+        sequence = node._sequence_nr()
+        if sequence != self._owned:
+            self._owned = sequence
+            self._owner = self._owner_of(sequence)
+        if self._checkpoints:
+            return self.frame, "recompute"
+        frame = self.frame if self._replays else self._owner
+        if not _grad_enabled() or self.higher:
+            return frame, "backward"
+        if self._pass is None or not self._pass.create_graph:
+            return frame, "recompute"
+        timeline = self._here()
+        made = _sequence()
+        if made != timeline.last:
+            # These nodes were made by this node's backward: they belong where it does.
+            timeline.note(timeline.last, frame)
+            timeline.last = made
+        return frame, "backward"
+
+    def _owner_of(self, sequence: int) -> Frame:
+        if sequence >= _NO_FORWARD:
+            return self.names.root
+        current = self._pass
+        if current is None:
+            return self._timeline.owner(sequence)
+        current.first = min(current.first, sequence)
+        current.last = max(current.last, sequence)
+        return current.timeline.owner(sequence)
+
+    def _here(self) -> Timeline:
+        # Sequence numbers are per thread, and CUDA's backward runs in threads of its own.
+        thread = threading.get_ident()
+        timeline = self._timelines.get(thread)
+        if timeline is None:
+            timeline = self._timelines[thread] = Timeline(self.names.root)
+        return timeline
+
+    def remember(self, parameter: str) -> None:
+        """The operator that runs now multiplies this parameter: its backward will want to know."""
+        self._sites[_sequence() - 1] = parameter
+        if len(self._sites) > _MOST_SITES:
+            for old in list(self._sites)[: _MOST_SITES // 2]:
+                del self._sites[old]
+
+    def parameter(self) -> str:
+        """The parameter that the forward of the running backward operator multiplied."""
+        return self._sites.get(self._owned, "")
+
+    # --- told by the instrumentation -----------------------------------------------------------
+    def enter(self, module: torch.nn.Module | None, region: str = "") -> _Call:
+        """A module is called, or a region entered."""
+        previous = parent = self.frame
+        timeline, replays = self._timeline, 0
+        node = _node()
+        if node is not None:
+            timeline, replays = self._here(), 1
+            if not (self._replays or self._checkpoints or self.optimizing):
+                parent = self.backward(node)[0]
+        elif self.optimizing:
+            self._end_interrupted_step()
+        frame = self.names.region(parent, region) if module is None else self.names.enter(parent, module)
+        if not replays and (frame.module is None or frame.module() is module):
+            frame.calls += 1
+        self.frame = frame
+        self._replays += replays
+        timeline.note(_sequence(), frame)
+        return _Call(previous, parent, frame, timeline, replays)
+
+    def leave(self, call: _Call) -> None:
+        """The call is over, by return or by exception."""
+        self.frame = call.previous
+        self._replays -= call.replays
+        call.timeline.note(_sequence(), call.parent)
+
+    def enter_pass(self, *, retain_graph: bool, create_graph: bool) -> None:
+        """The autograd engine is called."""
+        timeline = self._here()
+        timeline.last = _sequence()
+        self._pass = _Pass(timeline, retain_graph, create_graph, self._replays)
+        self._passes.append(self._pass)
+        self._replays, self._owned = 0, -2
+
+    def leave_pass(self) -> None:
+        """The autograd engine is done, by return or by exception."""
+        if not self._passes:  # the counter was closed and emptied meanwhile
+            return
+        done = self._passes.pop()
+        self._pass = self._passes[-1] if self._passes else None
+        self._replays, self._owned = done.replays, -2
+        done.timeline.note(_sequence(), self.frame)
+        if done.last >= 0 and not done.retain_graph:
+            for sequence in done.timeline.finished(done.first, done.last):
+                self._sites.pop(sequence, None)
+
+    def enter_replay(self, frame: Frame | None) -> Frame:
+        """A checkpointed region, first run in `frame`, is run again; returns what leave_replay needs."""
+        previous, self.frame = self.frame, frame or self.names.root
+        self._checkpoints += 1
+        return previous
+
+    def leave_replay(self, previous: Frame) -> None:
+        """The replay is over."""
+        self._checkpoints -= 1
+        self.frame = previous
+
+    def enter_optimizer(self, step: FrameType | None = None) -> None:
+        """An optimizer's step begins, in this Python frame."""
+        if step is not None:
+            self._end_interrupted_step()
+            self._step = step
+        self.optimizing += 1
+
+    def leave_optimizer(self) -> None:
+        """An optimizer's step is over."""
+        self.optimizing = max(self.optimizing - 1, 0)
+        if not self.optimizing:
+            self._step = None
+
+    def _end_interrupted_step(self) -> None:
+        # torch calls no post hook when step() raises: the frame that ran it has then left the stack.
+        step = self._step
+        if step is not None and not _running(step):
+            self.optimizing, self._step = 0, None
+
+
+def _running(frame: FrameType) -> bool:
+    current: FrameType | None = sys._getframe()
+    while current is not None:
+        if current is frame:
+            return True
+        current = current.f_back
+    return False
