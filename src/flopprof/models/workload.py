@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 class Workload:
     """A model, the inputs it is called with, and how many tokens and samples those hold.
 
+    assumptions: what was fixed about work that depends on the weights' values; they are added to the profile's.
     `on_cpu` rebuilds the same workload with real values; it is set where flopprof itself chose the meta device.
     """
 
@@ -34,6 +35,7 @@ class Workload:
     device: str
     tokens: int | None = None
     samples: int | None = None
+    assumptions: tuple[str, ...] = ()
     on_cpu: Callable[[], Workload] | None = field(default=None, repr=False, compare=False)
 
     def describe(self) -> str:
@@ -70,7 +72,13 @@ class Workload:
                 logger.info("%s needs values that the meta device does not have; counting on the CPU", self.name)
                 return self.on_cpu().count(backward=backward, attention=attention, loss=loss)
             raise self._failure(error) from error
-        return msgspec.structs.replace(profile, target=self.name, samples=self.samples, tokens=self.tokens)
+        return msgspec.structs.replace(
+            profile,
+            target=self.name,
+            samples=self.samples,
+            tokens=self.tokens,
+            assumptions=(*profile.assumptions, *self.assumptions),
+        )
 
     def _failure(self, error: Exception) -> ModelFailed:
         where = _innermost_module(self.model, error.__traceback__)
