@@ -56,7 +56,7 @@ def _module_call(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
             output = _original_call(self, *args, **kwargs)
         finally:
             counter.where.leave(call)
-        counter.returned(call.frame, seen, (args, kwargs), output)
+        counter.returned(call[2], seen, (args, kwargs), output)
         return output
     calls = [(counter, counter.where.enter(self), counter.seen) for counter in counters]
     try:
@@ -65,7 +65,7 @@ def _module_call(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         for counter, call, _seen in reversed(calls):
             counter.where.leave(call)
     for counter, call, seen in calls:
-        counter.returned(call.frame, seen, (args, kwargs), output)
+        counter.returned(call[2], seen, (args, kwargs), output)
     return output
 
 

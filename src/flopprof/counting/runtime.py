@@ -100,7 +100,7 @@ class FlopCounter(TorchDispatchMode):
         self._open -= 1
         if not self._open:
             installed.release()
-            measure(self._names.frames, self.model)
+            measure(self._names.frames.values(), self.model)
             self.where.close()
 
     @contextmanager
@@ -175,29 +175,27 @@ class FlopCounter(TorchDispatchMode):
         return out
 
     def _signature(self, entry: Entry, args: Any, kwargs: Any) -> tuple[str, tuple[Any, ...]]:
-        """The parameter multiplied, and per argument its tensors: shape, dtype, gradient wanted, source."""
+        """The parameter multiplied, and per argument (shape, dtype, gradient wanted, source), or these of a list."""
         known = self._sources.known
-        positions = entry.positions
         parameter = ""
         signature: list[Any] = []
-        for position, item in enumerate((*args, *kwargs.values()) if kwargs else args):
+        for item in (*args, *kwargs.values()) if kwargs else args:
             if isinstance(item, _Tensor):
-                tensors: Any = (item,)
-            elif isinstance(item, list | tuple) and item and isinstance(item[0], _Tensor):
-                tensors = item
-            else:
-                signature.append(None)
-                continue
-            described = []
-            for tensor in tensors:
                 try:
-                    source = known.get(tensor.untyped_storage()._cdata)
+                    source = known.get(item.untyped_storage()._cdata)
                 except (RuntimeError, NotImplementedError):  # sparse and functorch tensors have no storage
                     source = None
-                if source is not None and not parameter and source.kind == "parameter" and position in positions:
-                    parameter = source.name
-                described.append((tensor.shape, tensor.dtype, tensor.requires_grad, source))
-            signature.append(tuple(described))
+                if source is not None and not parameter and source.kind == "parameter":
+                    if len(signature) in entry.positions:
+                        parameter = source.name
+                signature.append((item.shape, item.dtype, item.requires_grad, source))
+            elif isinstance(item, list | tuple) and item and isinstance(item[0], _Tensor):
+                inner, described = self._signature(entry, item, None)
+                if inner and not parameter and len(signature) in entry.positions:
+                    parameter = inner
+                signature.append(described)
+            else:
+                signature.append(None)
         return parameter, tuple(signature)
 
     def _cost(self, entry: Entry, args: Any, kwargs: Any, out: Any, node: Any) -> int | Cost | None:

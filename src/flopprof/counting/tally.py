@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -20,6 +21,7 @@ from flopprof.profile import (
     Phase,
     Profile,
     UncountedRow,
+    ancestors,
 )
 
 _ACTIVATION = Source("activation", "")
@@ -40,7 +42,7 @@ class Tally:
     def new_row(self, key: Any, mask_known: bool, out: Any) -> list[int]:
         """The row of a key that was not seen before."""
         entry, signature = key[0], key[5]
-        multiplied = [item for position in entry.positions if position < len(signature) for item in signature[position] or ()]
+        multiplied = [item for position in entry.positions for item in described(signature, position)]
         complex_product = bool(multiplied) and all(dtype.is_complex for _shape, dtype, _wants, _source in multiplied)
         row = self.counted[key] = [0, 0, 0, int(mask_known), 4 if complex_product else 1]
         if self.device is None and (tensors := [leaf for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor)]):
@@ -56,11 +58,12 @@ class Tally:
         self, frames: dict[str, Frame], model: torch.nn.Module | None, attention: Attention = "full"
     ) -> Profile:
         """Everything so far, names resolved."""
-        measure(frames, model)
+        ordered = _in_order(frames, model)
+        measure(ordered, model)
         parameters = _unique_parameters(frames, model)
         rows = tuple(_operator_row(key, counts, attention) for key, counts in self.counted.items())
         return Profile(
-            modules=tuple(_module_row(frame) for frame in _in_order(frames, model)),
+            modules=tuple(_module_row(frame) for frame in ordered),
             operators=rows,
             elementwise=tuple(
                 ElementwiseRow(op=entry.name, fqn=frame.fqn, phase=phase, calls=calls, flops=flops)
@@ -79,13 +82,20 @@ class Tally:
         )
 
 
+def described(signature: Any, position: int) -> list[Any]:
+    """(shape, dtype, gradient wanted, source) of each tensor in one argument of a call."""
+    item = signature[position] if position < len(signature) else None
+    if item is None:
+        return []
+    return [item] if isinstance(item[0], torch.Size) else [inner for inner in item if inner is not None]
+
+
 def _operator_row(key: Any, counts: list[int], attention: Attention) -> OperatorRow:
     entry, frame, phase, graded, site, signature, outputs = key
     calls, flops, causal, known, _scale = counts
-    positions = entry.rule.operands if entry.rule is not None else (0, 1)
     operands, moved, multiplied = [], 0, []
-    for position, item in enumerate(signature):
-        for shape, dtype, wants, source in item or ():
+    for position in range(len(signature)):
+        for shape, dtype, wants, source in described(signature, position):
             kind, name = source or _ACTIVATION
             operands.append(
                 Operand(
@@ -93,7 +103,7 @@ def _operator_row(key: Any, counts: list[int], attention: Attention) -> Operator
                 )
             )
             moved += _size(shape) * dtype.itemsize
-            if position in positions:
+            if position in entry.positions:
                 multiplied.append((dtype, source))
     for shape, dtype in outputs:
         moved += _size(shape) * dtype.itemsize
@@ -163,16 +173,18 @@ def _module_row(frame: Frame) -> ModuleRow:
 
 
 def _in_order(frames: dict[str, Frame], model: torch.nn.Module | None) -> list[Frame]:
-    """Frames as the model registers them; what it does not register, after, as it first ran."""
-    ordered = [frames[name] for name, _module in walk(model) if name in frames] if model is not None else []
-    ordered = list(dict.fromkeys([frames[""], *ordered]))
-    seen = set(ordered)
-    return ordered + [frame for frame in frames.values() if frame not in seen]
+    """Frames as the model registers them, with the containers of those that ran; the unregistered ones after."""
+    above = {name for fqn in frames for name in ancestors(fqn)}
+    ordered = {"": frames[""]}
+    for name, module in walk(model) if model is not None else ():
+        if name in above and name not in ordered:
+            ordered[name] = frames.get(name) or Frame(name, type(module).__name__, module)
+    return list({**ordered, **frames}.values())
 
 
-def measure(frames: dict[str, Frame], model: torch.nn.Module | None) -> None:
+def measure(frames: Iterable[Frame], model: torch.nn.Module | None) -> None:
     """Note each living module's parameters, while it lives."""
-    for frame in frames.values():
+    for frame in frames:
         module = frame.module() if frame.module is not None else None
         if frame.fqn == "" and model is not None:
             module = unwrap(model)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 from types import FrameType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -36,14 +36,8 @@ class _Pass:
         self.last = -1
 
 
-class _Call(NamedTuple):
-    """What a module's exit must undo."""
-
-    previous: Frame
-    parent: Frame
-    frame: Frame
-    timeline: Timeline
-    replays: int
+# What a module's exit must undo: previous frame, parent, frame, timeline, 1 inside a backward.
+Call = tuple[Frame, Frame, Frame, Timeline, int]
 
 
 class Whereabouts:
@@ -137,7 +131,7 @@ class Whereabouts:
         return self._sites.get(self._owned, "")
 
     # --- told by the instrumentation -----------------------------------------------------------
-    def enter(self, module: torch.nn.Module | None, region: str = "") -> _Call:
+    def enter(self, module: torch.nn.Module | None, region: str = "") -> Call:
         """A module is called, or a region entered."""
         previous = parent = self.frame
         timeline, replays = self._timeline, 0
@@ -154,13 +148,13 @@ class Whereabouts:
         self.frame = frame
         self._replays += replays
         timeline.note(_sequence(), frame)
-        return _Call(previous, parent, frame, timeline, replays)
+        return previous, parent, frame, timeline, replays
 
-    def leave(self, call: _Call) -> None:
+    def leave(self, call: Call) -> None:
         """The call is over, by return or by exception."""
-        self.frame = call.previous
-        self._replays -= call.replays
-        call.timeline.note(_sequence(), call.parent)
+        self.frame, parent, _frame, timeline, replays = call
+        self._replays -= replays
+        timeline.note(_sequence(), parent)
 
     def enter_pass(self, *, retain_graph: bool, create_graph: bool) -> None:
         """The autograd engine is called."""
