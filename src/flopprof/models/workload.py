@@ -19,6 +19,8 @@ from flopprof.profile import Attention, Profile
 
 logger = logging.getLogger(__name__)
 
+_SAME_DTYPE = {"aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::linear", "aten::convolution"}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:
@@ -72,6 +74,7 @@ class Workload:
                 logger.info("%s needs values that the meta device does not have; counting on the CPU", self.name)
                 return self.on_cpu().count(backward=backward, attention=attention, loss=loss)
             raise self._failure(error) from error
+        self._refuse_mixed_types(profile)
         return msgspec.structs.replace(
             profile,
             target=self.name,
@@ -79,6 +82,19 @@ class Workload:
             tokens=self.tokens,
             assumptions=(*profile.assumptions, *self.assumptions),
         )
+
+    def _refuse_mixed_types(self, profile: Profile) -> None:
+        """Raises ModelFailed for a product of different dtypes: every device refuses one, but meta does not look."""
+        classes = {row.fqn: row.cls for row in profile.modules}
+        for row in profile.operators:
+            dtypes = list(dict.fromkeys(operand.dtype for operand in row.operands))
+            if profile.device == "meta" and row.op in _SAME_DTYPE and len(dtypes) > 1:
+                where = f" in {row.fqn} ({classes.get(row.fqn, '')})" if row.fqn else ""
+                raise ModelFailed(
+                    f"{self.name} failed{where} on input {describe_inputs(self.args, self.kwargs)}: {row.op} would "
+                    f"multiply {' by '.join(dtypes)}, which torch refuses. Give each --input the dtype that the model "
+                    "expects (1x8:float32), or cast both with --dtype."
+                )
 
     def _failure(self, error: Exception) -> ModelFailed:
         where = _innermost_module(self.model, error.__traceback__)
@@ -90,9 +106,9 @@ class Workload:
 
 
 def needs_values(error: Exception) -> bool:
-    """Did the model ask a meta tensor for its contents (as opposed to: would it fail anywhere)?"""
+    """Does the model fail only for want of values: on meta tensors, or at an operator that has no meta kernel?"""
     text = str(error).lower()
-    return isinstance(error, NotImplementedError) or "meta" in text or "data-dependent" in text
+    return isinstance(error, NotImplementedError) or "meta" in text or "data-dependent" in text or "fake impl" in text
 
 
 def _innermost_module(model: nn.Module, trace: TracebackType | None) -> str:
