@@ -144,6 +144,12 @@ def roi_align(_x: Any, _boxes: Any, _scale: float, _h: int, _w: int, ratio: int,
     return 8 * _samples(ratio) * _first(out).numel()
 
 
+def quantized_roi_align(*args: Any, out: Any, **_: Any) -> int:
+    """As roi_align, with two scales and two zero points before the others."""
+    *_rest, ratio, _aligned = args
+    return 8 * _samples(ratio) * _first(out).numel()
+
+
 def roi_align_backward(grad: Shaped, *args: Any, **_: Any) -> int:
     """8 ratio^2 per element of the gradient."""
     *_rest, ratio, _aligned = args
@@ -198,7 +204,7 @@ COSTS: dict[str, Callable[..., int]] = {
     "aten::cudnn_affine_grid_generator": affine_grid,
     "aten::cudnn_affine_grid_generator_backward": affine_grid_backward,
     "torchvision::roi_align": roi_align,
-    "torchvision::qroi_align": roi_align,
+    "torchvision::qroi_align": quantized_roi_align,
     "torchvision::ps_roi_align": roi_align,
     "torchvision::_roi_align_backward": roi_align_backward,
     "torchvision::_ps_roi_align_backward": ps_roi_align_backward,
