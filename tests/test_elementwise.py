@@ -158,6 +158,7 @@ COMPOSITES = {
     "batch_norm train": lambda: aten.batch_norm(IMAGE, ones(3), ones(3), ones(3), ones(3), True, 0.1, 1e-5, False),
     "batch_norm eval": lambda: aten.batch_norm(IMAGE, ones(3), None, ones(3), ones(3), False, 0.1, 1e-5, False),
     "relu6": lambda: aten.relu6(X),
+    "isfinite": lambda: aten.isfinite(X),
     "square": lambda: aten.square(X),
     "max_pool2d": lambda: aten.max_pool2d(IMAGE, [3, 3]),
     "adaptive_avg_pool2d": lambda: aten.adaptive_avg_pool2d(IMAGE, [3, 5]),

@@ -108,6 +108,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(4, "out", "a - b floor(a / b)", "remainder fmod prims::remainder prims::fmod"),
     Family(2, "out", "a - trunc(a)", "frac"),
     Family(2, "out", "a 2^b", "ldexp"),
+    Family(2, "out", "finite: (a == a) (|a| != inf)", "isfinite"),
     Family(2, "out", "a log b", "xlogy special_xlogy special_xlog1py"),
     Family(3, "out", "-a log a", "special_entr"),
     Family(3, "out", "sin(pi a) / (pi a)", "sinc special_sinc"),

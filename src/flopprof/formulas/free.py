@@ -27,7 +27,7 @@ _COPIES = """clone copy _to_copy to type_as contiguous _copy_from _copy_from_and
     pixel_shuffle pixel_unshuffle im2col complex chalf _cast_Byte _cast_Char _cast_Double _cast_Float _cast_Half
     _cast_Int _cast_Long _cast_Short _autocast_to_full_precision _autocast_to_reduced_precision _foreach_copy
     _foreach_clone as_strided_scatter diagonal_scatter select_scatter slice_scatter slice_backward select_backward
-    diagonal_backward meshgrid cartesian_prod combinations upsample_nearest1d upsample_nearest2d upsample_nearest3d
+    diagonal_backward meshgrid cartesian_prod upsample_nearest1d upsample_nearest2d upsample_nearest3d
     _upsample_nearest_exact1d _upsample_nearest_exact2d _upsample_nearest_exact3d max_unpool2d max_unpool3d
     lu_unpack flatten_dense_tensors unflatten_dense_tensors _new_zeros_with_same_feature_meta quantized::cat
     quantized::cat_out quantized::cat_relu quantized::cat_relu_out quantized::embedding_4bit
@@ -41,7 +41,7 @@ _FACTORIES = """empty empty_like empty_strided empty_permuted empty_quantized ne
     arange range linspace logspace eye tril_indices triu_indices scalar_tensor from_file bartlett_window
     blackman_window hamming_window hann_window kaiser_window fft_fftfreq fft_rfftfreq resize resize_as
     _resize_output resize_as_sparse sparse_resize sparse_resize_and_clear _make_dep_token _histogramdd_bin_edges
-    one_hot fill_diagonal _cudnn_init_dropout_state prims::empty prims::empty_permuted prims::empty_strided
+     fill_diagonal _cudnn_init_dropout_state prims::empty prims::empty_permuted prims::empty_strided
     prims::fill prims::full prims::full_like prims::iota prims::resize prims::scalar_tensor prims::_make_token
     prims::_sink_tokens prims::maximum_value prims::minimum_value"""
 
@@ -51,8 +51,7 @@ _RANDOM = """rand rand_like randn randn_like randint randint_like randperm rando
     _sobol_engine_draw _sobol_engine_ff _sobol_engine_initialize_state _sobol_engine_scramble prims::normal
     prims::uniform rngprims::philox_rand inductor_prims::inductor_reserve_rng_state"""
 
-_COMPARISONS = """eq ne lt le gt ge equal not_equal less less_equal greater greater_equal isnan isinf isfinite
-    isneginf isposinf isreal isin signbit logical_and logical_or logical_xor logical_not bitwise_and bitwise_or
+_COMPARISONS = """eq ne lt le gt ge equal not_equal less less_equal greater greater_equal isnan isinf isneginf isposinf isreal isin signbit logical_and logical_or logical_xor logical_not bitwise_and bitwise_or
     bitwise_xor bitwise_not bitwise_left_shift bitwise_right_shift __and__ __or__ __xor__ __lshift__ __rshift__
     __iand__ __ior__ __ixor__ __ilshift__ __irshift__ any all _is_all_true _is_any_true where masked_fill nan_to_num
     count_nonzero hash_tensor is_nonzero prims::eq prims::ne prims::lt prims::le prims::gt prims::ge prims::isfinite
@@ -60,7 +59,7 @@ _COMPARISONS = """eq ne lt le gt ge equal not_equal less less_equal greater grea
     prims::shift_left prims::shift_right_arithmetic prims::xor_sum"""
 
 _INDEXING = """index _unsafe_index _unsafe_masked_index index_select index_copy index_fill gather take
-    take_along_dim masked_select masked_scatter masked_scatter_backward nonzero nonzero_static nonzero_numpy
+     masked_select masked_scatter masked_scatter_backward nonzero nonzero_static nonzero_numpy
     argwhere embedding sort argsort msort topk kthvalue median nanmedian mode argmax argmin searchsorted bucketize
     unique_dim unique_consecutive unique_dim_consecutive _unique _unique2"""
 
