@@ -28,22 +28,22 @@ _COPIES = """clone copy _to_copy to type_as contiguous _copy_from _copy_from_and
     _cast_Int _cast_Long _cast_Short _autocast_to_full_precision _autocast_to_reduced_precision _foreach_copy
     _foreach_clone as_strided_scatter diagonal_scatter select_scatter slice_scatter slice_backward select_backward
     diagonal_backward meshgrid cartesian_prod upsample_nearest1d upsample_nearest2d upsample_nearest3d
-    _upsample_nearest_exact1d _upsample_nearest_exact2d _upsample_nearest_exact3d max_unpool2d max_unpool3d
-    lu_unpack flatten_dense_tensors unflatten_dense_tensors _new_zeros_with_same_feature_meta quantized::cat
-    quantized::cat_out quantized::cat_relu quantized::cat_relu_out quantized::embedding_4bit
-    quantized::embedding_byte inductor::resize_storage_bytes quantization::_Bfloat16QuantizedToFloat
-    quantization::_FloatToBfloat16Quantized _inductor_test::realize flex_lib::zeros_and_scatter
-    flex_gemm::to_blocked prims::as_strided_scatter prims::collapse prims::cat prims::clone
-    prims::convert_element_type prims::copy_strided prims::copy_to prims::device_put prims::reshape prims::rev"""
+    _upsample_nearest_exact1d _upsample_nearest_exact2d _upsample_nearest_exact3d max_unpool2d max_unpool3d lu_unpack
+    flatten_dense_tensors unflatten_dense_tensors _new_zeros_with_same_feature_meta quantized::cat quantized::cat_out
+    quantized::cat_relu quantized::cat_relu_out quantized::embedding_4bit quantized::embedding_byte
+    inductor::resize_storage_bytes quantization::_Bfloat16QuantizedToFloat quantization::_FloatToBfloat16Quantized
+    _inductor_test::realize flex_lib::zeros_and_scatter flex_gemm::to_blocked prims::as_strided_scatter
+    prims::collapse prims::cat prims::clone prims::convert_element_type prims::copy_strided prims::copy_to
+    prims::device_put prims::reshape prims::rev"""
 
 _FACTORIES = """empty empty_like empty_strided empty_permuted empty_quantized new_empty new_empty_strided new_full
     new_ones new_zeros zeros zeros_like ones ones_like full full_like fill zero _foreach_zero _efficientzerotensor
     arange range linspace logspace eye tril_indices triu_indices scalar_tensor from_file bartlett_window
-    blackman_window hamming_window hann_window kaiser_window fft_fftfreq fft_rfftfreq resize resize_as
-    _resize_output resize_as_sparse sparse_resize sparse_resize_and_clear _make_dep_token _histogramdd_bin_edges
-     fill_diagonal _cudnn_init_dropout_state prims::empty prims::empty_permuted prims::empty_strided
-    prims::fill prims::full prims::full_like prims::iota prims::resize prims::scalar_tensor prims::_make_token
-    prims::_sink_tokens prims::maximum_value prims::minimum_value"""
+    blackman_window hamming_window hann_window kaiser_window fft_fftfreq fft_rfftfreq resize resize_as _resize_output
+    resize_as_sparse sparse_resize sparse_resize_and_clear _make_dep_token _histogramdd_bin_edges fill_diagonal
+    _cudnn_init_dropout_state prims::empty prims::empty_permuted prims::empty_strided prims::fill prims::full
+    prims::full_like prims::iota prims::resize prims::scalar_tensor prims::_make_token prims::_sink_tokens
+    prims::maximum_value prims::minimum_value"""
 
 _RANDOM = """rand rand_like randn randn_like randint randint_like randperm random uniform normal normal_functional
     log_normal exponential geometric cauchy bernoulli binomial poisson multinomial _standard_gamma _sample_dirichlet
@@ -51,17 +51,18 @@ _RANDOM = """rand rand_like randn randn_like randint randint_like randperm rando
     _sobol_engine_draw _sobol_engine_ff _sobol_engine_initialize_state _sobol_engine_scramble prims::normal
     prims::uniform rngprims::philox_rand inductor_prims::inductor_reserve_rng_state"""
 
-_COMPARISONS = """eq ne lt le gt ge equal not_equal less less_equal greater greater_equal isnan isinf isneginf isposinf isreal isin signbit logical_and logical_or logical_xor logical_not bitwise_and bitwise_or
-    bitwise_xor bitwise_not bitwise_left_shift bitwise_right_shift __and__ __or__ __xor__ __lshift__ __rshift__
-    __iand__ __ior__ __ixor__ __ilshift__ __irshift__ any all _is_all_true _is_any_true where masked_fill nan_to_num
-    count_nonzero hash_tensor is_nonzero prims::eq prims::ne prims::lt prims::le prims::gt prims::ge prims::isfinite
-    prims::signbit prims::where prims::bitwise_and prims::bitwise_or prims::bitwise_xor prims::bitwise_not
-    prims::shift_left prims::shift_right_arithmetic prims::xor_sum"""
+_COMPARISONS = """eq ne lt le gt ge equal not_equal less less_equal greater greater_equal isnan isinf isneginf
+    isposinf isreal isin signbit logical_and logical_or logical_xor logical_not bitwise_and bitwise_or bitwise_xor
+    bitwise_not bitwise_left_shift bitwise_right_shift __and__ __or__ __xor__ __lshift__ __rshift__ __iand__ __ior__
+    __ixor__ __ilshift__ __irshift__ any all _is_all_true _is_any_true where masked_fill nan_to_num count_nonzero
+    hash_tensor is_nonzero prims::eq prims::ne prims::lt prims::le prims::gt prims::ge prims::isfinite prims::signbit
+    prims::where prims::bitwise_and prims::bitwise_or prims::bitwise_xor prims::bitwise_not prims::shift_left
+    prims::shift_right_arithmetic prims::xor_sum"""
 
-_INDEXING = """index _unsafe_index _unsafe_masked_index index_select index_copy index_fill gather take
-     masked_select masked_scatter masked_scatter_backward nonzero nonzero_static nonzero_numpy
-    argwhere embedding sort argsort msort topk kthvalue median nanmedian mode argmax argmin searchsorted bucketize
-    unique_dim unique_consecutive unique_dim_consecutive _unique _unique2"""
+_INDEXING = """index _unsafe_index _unsafe_masked_index index_select index_copy index_fill gather take masked_select
+    masked_scatter masked_scatter_backward nonzero nonzero_static nonzero_numpy argwhere embedding sort argsort msort
+    topk kthvalue median nanmedian mode argmax argmin searchsorted bucketize unique_dim unique_consecutive
+    unique_dim_consecutive _unique _unique2"""
 
 _SPARSE_AND_NESTED = """_coalesce _coalesced coalesce is_coalesced _nnz _dimI _dimV dense_dim sparse_dim sparse_mask
     _sparse_mask_projection to_dense _to_dense to_sparse _to_sparse to_sparse_csr to_sparse_csc to_sparse_bsr
@@ -75,9 +76,9 @@ _SPARSE_AND_NESTED = """_coalesce _coalesced coalesce is_coalesced _nnz _dimI _d
     _nested_from_padded_and_nested_example _nested_from_padded_tensor _nested_tensor_from_mask
     _nested_tensor_from_mask_left_aligned _nested_tensor_from_tensor_list _nested_view_from_buffer
     _nested_view_from_jagged _nested_get_values _nested_get_offsets _nested_get_lengths _nested_get_min_seqlen
-    _nested_get_max_seqlen _nested_get_ragged_idx _nested_get_jagged_dummy
-    _nested_compute_contiguous_strides_offsets _nested_tensor_size _nested_tensor_strides
-    _nested_tensor_storage_offsets _nested_select_backward _nested_sum_backward"""
+    _nested_get_max_seqlen _nested_get_ragged_idx _nested_get_jagged_dummy _nested_compute_contiguous_strides_offsets
+    _nested_tensor_size _nested_tensor_strides _nested_tensor_storage_offsets _nested_select_backward
+    _nested_sum_backward"""
 
 _QUANTIZED_LAYOUTS = """quantize_per_tensor quantize_per_channel quantize_per_tensor_dynamic dequantize int_repr
     q_scale q_zero_point q_per_channel_scales q_per_channel_zero_points q_per_channel_axis qscheme
@@ -117,10 +118,10 @@ _BOOKKEEPING = """size stride numel dim storage_offset is_contiguous is_pinned i
     _functional_sym_constrain_range _functional_sym_constrain_range_for_size _assert_async _assert_scalar
     _functional_assert_async _functional_assert_scalar _assert_tensor_metadata _fw_primal _make_dual _unpack_dual
     _is_zerotensor _has_same_storage_numel _has_compatible_shallow_copy_type _debug_has_internal_overlap
-    record_stream _fused_sdp_choice _use_cudnn_ctc_loss _use_miopen_ctc_loss _linalg_check_errors
-    cudnn_is_acceptable _nnpack_available _shape_as_tensor _dim_arange _add_batch_dim _remove_batch_dim
-    _propagate_xla_data _validate_sparse_coo_tensor_args _test_parallel_materialize prims::item
-    torchvision::_cuda_version export::access_subclass_inner_tensor"""
+    record_stream _fused_sdp_choice _use_cudnn_ctc_loss _use_miopen_ctc_loss _linalg_check_errors cudnn_is_acceptable
+    _nnpack_available _shape_as_tensor _dim_arange _add_batch_dim _remove_batch_dim _propagate_xla_data
+    _validate_sparse_coo_tensor_args _test_parallel_materialize prims::item torchvision::_cuda_version
+    export::access_subclass_inner_tensor"""
 
 _COMMUNICATION = """symm_mem::_barrier symm_mem::_low_contention_all_gather
     symm_mem::_low_contention_all_gather_ce_multicast symm_mem::_low_contention_all_gather_ce_multicast_out
