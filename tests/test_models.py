@@ -89,6 +89,40 @@ def test_every_torchvision_model_counts(name: str) -> None:
     assert not profile.uncounted
 
 
+# Multiply-adds of one detection's mask: four 3x3 convolutions of 256 channels on 14x14, a 2x2 transposed one to
+# 28x28, a 1x1 one to 91 classes. Of one detection's keypoints: eight 3x3 convolutions, a 4x4 transposed one to 17.
+MASK = 4 * 14 * 14 * 9 * 256 * 256 + 14 * 14 * 4 * 256 * 256 + 28 * 28 * 256 * 91
+KEYPOINTS = 14 * 14 * 9 * (256 * 512 + 7 * 512 * 512) + 14 * 14 * 16 * 512 * 17
+
+
+@pytest.mark.parametrize(
+    ("name", "unpublished"),
+    [
+        ("fasterrcnn_resnet50_fpn", 0),
+        pytest.param("fasterrcnn_resnet50_fpn_v2", 0, marks=pytest.mark.nightly),
+        pytest.param("maskrcnn_resnet50_fpn_v2", 0, marks=pytest.mark.nightly),
+        # published from noise, in which trained weights found nothing, and one person
+        pytest.param("maskrcnn_resnet50_fpn", 100 * MASK, marks=pytest.mark.nightly),
+        pytest.param("keypointrcnn_resnet50_fpn", 99 * KEYPOINTS, marks=pytest.mark.nightly),
+    ],
+)
+def test_an_rcnn_fills_every_proposal_and_detection(name: str, unpublished: int) -> None:
+    profile = load(name).count()
+    assert round((profile.macs - unpublished) / 1e9, 3) == pytest.approx(vision._default_weights(name).meta["_ops"])
+    assert len(profile.assumptions) == 1
+
+
+def test_an_rcnn_with_its_own_thresholds_assumes_nothing() -> None:
+    assert load("fasterrcnn_resnet50_fpn", model_args={"rpn_nms_thresh": 0.5}).assumptions == ()
+
+
+def test_a_product_of_two_dtypes_is_refused_on_meta_as_it_is_elsewhere() -> None:
+    with pytest.raises(ModelFailed, match=r"in up \(Linear\) on input 2x8 int64: aten::addmm would multiply"):
+        load(f"{NETS}:Mlp", inputs=["2x8:int64"]).count()
+    with pytest.raises(ModelFailed, match=r"in up \(Linear\) on input 2x8 int64: RuntimeError"):
+        load(f"{NETS}:Mlp", inputs=["2x8:int64"], device="cpu").count()
+
+
 def test_batch_and_image_size() -> None:
     assert shapes(load("resnet18", batch=3, image_size=64).args) == [(3, 3, 64, 64)]
     assert shapes(load("vit_b_32", image_size=64).args) == [(1, 3, 64, 64)]
