@@ -201,6 +201,8 @@ class FlopCounter(TorchDispatchMode):
     def _cost(self, entry: Entry, args: Any, kwargs: Any, out: Any, node: Any) -> int | Cost | None:
         rule = entry.rule
         assert rule is not None
+        if "out" in kwargs:  # the caller's own result tensor: it is `out` already
+            kwargs = {name: value for name, value in kwargs.items() if name != "out"}
         try:
             if rule.wanted:
                 return rule.formula(*args, **kwargs, out=out, wanted=_wanted(node))
