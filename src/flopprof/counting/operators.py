@@ -58,14 +58,6 @@ class Entry:
         self.makes_storage = not _is_view(func) and not name.startswith(("aten::empty", "aten::new_empty"))
         self.reason = ""
 
-    def measure(self, args: Any, kwargs: Any, out: Any) -> int:
-        """Elementwise FLOPs of a call whose cost is not simply per element of its result."""
-        cost = self.elementwise
-        assert cost is not None
-        if cost.cost_of is not None:
-            return cost.cost_of(*args, **kwargs, out=out)
-        return cost.cost * _numel(out if cost.per == "out" else args[0] if args else next(iter(kwargs.values())))
-
 
 _entries: dict[int, Entry] = {}
 _generation = -1
@@ -103,6 +95,7 @@ def _classify(func: Any, name: str) -> Entry:
         entry.positions = entry.rule.operands
     elif isinstance(func, torch._ops.HigherOrderOperator):
         entry = Entry(func, name, Kind.HIGHER_ORDER)
+        entry.positions = (0, 1, 2)  # query, key, value of flex_attention: no other is counted by its arguments
     elif name in ELEMENTWISE:
         entry = Entry(func, name, Kind.ELEMENTWISE)
         cost = ELEMENTWISE[name]
@@ -117,15 +110,6 @@ def _classify(func: Any, name: str) -> Entry:
     else:
         entry = Entry(func, name, Kind.OPAQUE)
     return entry
-
-
-def _numel(value: Any) -> int:
-    if isinstance(value, torch.Tensor):
-        return value.numel()
-    if isinstance(value, tuple | list) and value:
-        # A list of tensors (foreach) is all of them; a tuple of results is its first.
-        return sum(_numel(item) for item in value) if isinstance(value, list) else _numel(value[0])
-    return 0
 
 
 def _is_view(func: Any) -> bool:

@@ -19,6 +19,7 @@ from flopprof.counting.tally import Tally, first_shape, measure
 from flopprof.counting.unseen import Unseen, storages
 from flopprof.counting.whereabouts import Whereabouts
 from flopprof.formulas import Cost, LengthsUnknown
+from flopprof.formulas.elementwise import elementwise_flops
 from flopprof.profile import Attention, Phase, Profile
 
 # Looked up once: these run for every operator.
@@ -133,13 +134,13 @@ class FlopCounter(TorchDispatchMode):
                     self._sources.derive(args, out)
             else:
                 frame, phase = self.where.backward(node)
-                if entry.product and node.name() in PRODUCT_NODES:
-                    self._count(entry, frame, phase, self._signature(entry, args, kwargs), out, 2 * out.numel())
+                if entry.product and node.name() in PRODUCT_NODES and isinstance(args[1], _Tensor):
+                    self._count(entry, frame, phase, self.signature(entry, args, kwargs), out, 2 * out.numel())
                     return out
             if entry.per_out and type(out) is _Tensor:
                 flops = entry.unit * out.numel()
             else:
-                flops = entry.measure(args, kwargs or {}, out)
+                flops = self._elementwise(entry, args, kwargs or {}, out)
             row = self._tally.elementwise.get((entry, frame, phase))
             if row is None:
                 self._tally.elementwise[entry, frame, phase] = [1, flops]
@@ -149,7 +150,7 @@ class FlopCounter(TorchDispatchMode):
         elif kind is _COUNTED:
             self.seen += 1
             try:
-                signature = self._signature(entry, args, kwargs)
+                signature = self.signature(entry, args, kwargs)
             except RuntimeError:  # a strided nested tensor has no shape: look inside its kernel
                 return opaque.run(self, entry, args, kwargs or {})
             out = entry.call(*args, **kwargs) if kwargs else entry.call(*args)
@@ -161,10 +162,7 @@ class FlopCounter(TorchDispatchMode):
                 else:
                     frame, phase = self.where.backward(node)
                 if type(cost) is Cost:
-                    self._count(entry, frame, phase, signature, out, cost.flops, cost)
-                    if cost.recompute:
-                        again = Cost(cost.recompute, cost.recompute_causal, mask_known=cost.mask_known)
-                        self._count(entry, frame, "recompute", signature, out, cost.recompute, again)
+                    self.charge(entry, frame, phase, signature, out, cost)
                 else:
                     self._count(entry, frame, phase, signature, out, cost)
         else:
@@ -174,7 +172,7 @@ class FlopCounter(TorchDispatchMode):
             self.unseen.saw(entry.name, out)
         return out
 
-    def _signature(self, entry: Entry, args: Any, kwargs: Any) -> tuple[str, tuple[Any, ...]]:
+    def signature(self, entry: Entry, args: Any, kwargs: Any) -> tuple[str, tuple[Any, ...]]:
         """The parameter multiplied, and per argument (shape, dtype, gradient wanted, source), or these of a list."""
         known = self._sources.known
         parameter = ""
@@ -190,13 +188,21 @@ class FlopCounter(TorchDispatchMode):
                         parameter = source.name
                 signature.append((item.shape, item.dtype, item.requires_grad, source))
             elif isinstance(item, list | tuple) and item and isinstance(item[0], _Tensor):
-                inner, described = self._signature(entry, item, None)
+                inner, described = self.signature(entry, item, None)
                 if inner and not parameter and len(signature) in entry.positions:
                     parameter = inner
                 signature.append(described)
             else:
                 signature.append(None)
         return parameter, tuple(signature)
+
+    def _elementwise(self, entry: Entry, args: Any, kwargs: Any, out: Any) -> int:
+        assert entry.elementwise is not None
+        try:
+            return elementwise_flops(entry.elementwise, args, kwargs, out)
+        except Exception as error:  # as in _cost
+            self.uncounted(entry.name, args, f"its elementwise cost is not known: {error}")
+            return 0
 
     def _cost(self, entry: Entry, args: Any, kwargs: Any, out: Any, node: Any) -> int | Cost | None:
         rule = entry.rule
@@ -212,6 +218,13 @@ class FlopCounter(TorchDispatchMode):
         except Exception as error:  # a handler must not raise: what ran is right, only its count is not known
             self.uncounted(entry.name, args, f"its formula failed: {type(error).__name__}: {error}")
         return None
+
+    def charge(self, entry: Entry, frame: Frame, phase: Phase, signed: Any, out: Any, cost: Cost) -> None:
+        """Count a call that costs this, what it computes again apart."""
+        self._count(entry, frame, phase, signed, out, cost.flops, cost)
+        if cost.recompute:
+            again = Cost(cost.recompute, cost.recompute_causal, mask_known=cost.mask_known)
+            self._count(entry, frame, "recompute", signed, out, cost.recompute, again)
 
     def _count(
         self, entry: Entry, frame: Frame, phase: Phase, signed: Any, out: Any, flops: int, cost: Cost | None = None
@@ -241,6 +254,10 @@ class FlopCounter(TorchDispatchMode):
         """Record a call that does arithmetic and has no count: never silently 0."""
         frame, phase = self.where.now()
         self._tally.add_uncounted(name, frame, phase, tensors, reason)
+
+    def assume(self, sentence: str) -> None:
+        """Note what had to be guessed."""
+        self._tally.assumptions[sentence] = None
 
     def returned(self, frame: Frame, seen: int, inputs: Any, output: Any) -> None:
         """A module returned: note its output, and whether it came from outside the dispatcher."""
