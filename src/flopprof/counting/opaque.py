@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils._pytree import tree_leaves, tree_map
 
+from flopprof.counting import flex
 from flopprof.counting.operators import Entry, Kind, is_composite, keys_below_python
 
 if TYPE_CHECKING:
@@ -51,13 +52,28 @@ def compiling_higher_order() -> bool:
 
 
 def _higher_order(counter: FlopCounter, entry: Entry, args: Any, kwargs: Any) -> Any:
-    """Run it as it would run, its branches and bodies with the counter active."""
+    """Run it as it would run, its branches and bodies with the counter active; attention by its shapes and mask."""
+    if entry.name in (flex.FORWARD, flex.BACKWARD):
+        return _flex_attention(counter, entry, args, kwargs)
     wrapped_args, wrapped_kwargs = tree_map(partial(_inside, counter), (args, kwargs))
     counter.where.higher += 1
     try:
         return entry.func(*wrapped_args, **wrapped_kwargs)
     finally:
         counter.where.higher -= 1
+
+
+def _flex_attention(counter: FlopCounter, entry: Entry, args: Any, kwargs: Any) -> Any:
+    signed = counter.signature(entry, args[:3], None)
+    out = entry.func(*args, **kwargs)
+    try:
+        cost = flex.cost(counter, entry.name, args, kwargs, torch._C._current_autograd_node())
+    except Exception as error:  # as for any formula: what ran is right, only its count is not known
+        counter.uncounted(entry.name, args[:3], f"its mask cannot be read: {type(error).__name__}: {error}")
+    else:
+        frame, phase = counter.where.now()
+        counter.charge(entry, frame, phase, signed, out, cost)
+    return out
 
 
 def _inside(counter: FlopCounter, leaf: Any) -> Any:
