@@ -64,8 +64,8 @@ def layer_backward(
 ) -> int:
     """Gradients of one layer in one direction, as autograd runs the unfused one.
 
-    weights are w_ih, w_hh, then biases, then w_hr where the state is projected; wanted and x, hx, cx say what needs
-    a gradient. The first step's hidden state is hx, so its `first` rows need the product with w_hh only if hx does;
+    weights are w_ih, w_hh, then biases, then w_hr where the state is projected; wanted (of the weights, biases
+    included) and x, hx, cx say what needs a gradient. The first step's hidden state is hx, so its `first` rows need the product with w_hh only if hx does;
     the later ones need it whenever anything before them does.
     """
     w_ih, w_hh = weights[:2]
@@ -93,9 +93,12 @@ def mkldnn_rnn_layer_backward(
     wanted: Wanted = None,
     **__: Any,
 ) -> int:
-    """One layer, one direction. Edges of the node: x, w_ih, w_hh, b_ih, b_hh, hx, cx."""
+    """One layer, one direction. Edges of the node: x, w_ih, w_hh, b_ih, b_hh, hx, cx.
+
+    Without biases the kernel gets matrices of zeros in their place: they are no weights.
+    """
     edges = wanted if wanted and len(wanted) == 7 else (True,) * 7
-    return layer_backward(_rows(x), hx.shape[-2], (w_ih, w_hh, b_ih, b_hh), edges[1:5], edges[0], *edges[5:])
+    return layer_backward(_rows(x), hx.shape[-2], (w_ih, w_hh), edges[1:5], edges[0], *edges[5:])
 
 
 def stack_backward(
