@@ -78,7 +78,7 @@ class Tally:
             device=self.device or "cpu",
             n_params=sum(parameter.numel() for parameter in parameters),
             n_params_trainable=sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
-            torch_version=torch.__version__,
+            torch_version=str(torch.__version__),
         )
 
 

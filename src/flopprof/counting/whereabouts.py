@@ -91,15 +91,13 @@ class Whereabouts:
         frame = self.frame if self._replays else self._owner
         if not _grad_enabled() or self.higher:
             return frame, "backward"
-        if self._pass is None or not self._pass.create_graph:
-            return frame, "recompute"
         timeline = self._here()
         made = _sequence()
         if made != timeline.last:
             # These nodes were made by this node's backward: they belong where it does.
             timeline.note(timeline.last, frame)
             timeline.last = made
-        return frame, "backward"
+        return frame, "backward" if self._pass is not None and self._pass.create_graph else "recompute"
 
     def _owner_of(self, sequence: int) -> Frame:
         if sequence >= _NO_FORWARD:
