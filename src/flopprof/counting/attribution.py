@@ -13,6 +13,7 @@ from array import array
 from bisect import bisect_left, bisect_right
 from collections import deque
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -30,13 +31,14 @@ _KEPT_PASSES = 8
 class Frame:
     """A module under one name (or a region): what FLOPs are charged to."""
 
-    __slots__ = ("calls", "children", "cls", "fqn", "module", "output_shape", "parameters")
+    __slots__ = ("calls", "children", "cls", "fqn", "module", "output_shape", "parameters", "visible")
 
     def __init__(self, fqn: str, cls: str, module: torch.nn.Module | None = None) -> None:
         self.fqn = fqn
         self.cls = cls
         self.module = None if module is None else weakref.ref(module)
-        self.children: dict[int, Frame] = {}
+        self.children: dict[Any, Frame] = {}
+        self.visible: tuple[int, int] | None = None  # of the pairs here (second), a causal mask shows so many (first)
         self.calls = 0
         self.output_shape: tuple[int, ...] | None = None
         self.parameters: tuple[int, int] | None = None  # (with children, own), once measured
@@ -71,6 +73,14 @@ class Names:
     def region(self, parent: Frame, name: str) -> Frame:
         """The frame of code named by the user, under the running module."""
         return self._frame(f"{parent.fqn}.{name}" if parent.fqn else name, "region", None)
+
+    def masked(self, parent: Frame, visible: tuple[int, int]) -> Frame:
+        """The running module's frame while it computes causal attention with so many (visible, all) pairs."""
+        frame = parent.children.get(visible)
+        if frame is None:
+            frame = parent.children[visible] = Frame(parent.fqn, parent.cls)
+            frame.visible = visible
+        return frame
 
     def _resolve(self, parent: Frame, module: torch.nn.Module) -> Frame:
         fqns = self._known(module)

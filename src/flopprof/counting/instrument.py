@@ -1,7 +1,7 @@
 """Process-wide instrumentation, in place only while a counter is open.
 
-Three things are not visible to a dispatch mode: which module is called, whether a backward builds a graph
-of its own, and which checkpoint is replayed. Each is observed by wrapping one function of torch; the wrappers
+Four things are not visible to a dispatch mode: which module is called, whether a backward builds a graph
+of its own, which checkpoint is replayed, and that the products of unfused attention are masked. Each is observed by wrapping one function of torch; the wrappers
 serve every open counter of the running thread (a counter is found through the dispatch mode stack, which
 autograd carries to its device threads) and are removed when the last counter closes.
 """
@@ -18,6 +18,10 @@ import torch
 import torch.utils.checkpoint
 from torch.autograd.variable import Variable
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+from flopprof.counting.compiled import EagerCompiled, compile_with, uncompiled_call
+
+from flopprof.formulas.attention import count_pairs
 
 _stack_size = torch._C._len_torch_dispatch_stack
 _stack_at = torch._C._get_dispatch_stack_at
@@ -174,11 +178,34 @@ def _function_apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
     try:
         output = apply(*args, **kwargs)
     finally:
-        found = [counter.unseen.unwatch(token, (args, kwargs), output) for counter, token in zip(counters, tokens, strict=True)]
+        found = [
+            counter.unseen.unwatch(token, (args, kwargs), output)
+            for counter, token in zip(counters, tokens, strict=True)
+        ]
     for counter, missing in zip(counters, found, strict=True):
         if missing:
             counter.uncounted(cls.__name__, args, "its output was produced outside the dispatcher")
     return output
+
+
+_original_attend = torch.nn.functional.scaled_dot_product_attention
+
+
+def _attend(*args: Any, **kwargs: Any) -> Any:
+    causal = args[5] if len(args) > 5 else kwargs.get("is_causal", False)
+    counters = active() if causal and not torch.compiler.is_compiling() else []
+    if not counters:
+        return _original_attend(*args, **kwargs)
+    query, key = (args[i] if len(args) > i else kwargs[name] for i, name in enumerate(("query", "key")))
+    if query.is_nested:
+        return _original_attend(*args, **kwargs)
+    everything, seen = count_pairs([(query.shape[-2], key.shape[-2])], 1, (None, 0))
+    calls = [(counter, counter.where.enter(None, visible=(seen, everything))) for counter in counters]
+    try:
+        return _original_attend(*args, **kwargs)
+    finally:
+        for counter, call in reversed(calls):
+            counter.where.leave(call)
 
 
 class _Installed:
@@ -204,7 +231,13 @@ class _Installed:
 
     def _install(self) -> None:
         self._replace(torch.nn.Module, "_call_impl", _module_call)
+        self._replace(torch.nn.Module, "_compiled_call_impl", uncompiled_call(active))
+        self._replace(torch.nn.Module, "compile", compile_with(_original_call))
+        eager = EagerCompiled(active)
+        self._undo.append(eager.remove)
+        eager.install()
         self._replace(torch.autograd.Function, "apply", classmethod(_function_apply))
+        self._replace(torch.nn.functional, "scaled_dot_product_attention", _attend)
         self._replace(Variable, "_execution_engine", _Engine(Variable._execution_engine))
         region = getattr(torch.utils.checkpoint, "_checkpoint_hook", None)
         if region is not None:
@@ -216,7 +249,7 @@ class _Installed:
         self._undo.append(register_optimizer_step_pre_hook(_before_step).remove)
         self._undo.append(register_optimizer_step_post_hook(_after_step).remove)
 
-    def _replace(self, owner: type, name: str, value: Any) -> None:
+    def _replace(self, owner: Any, name: str, value: Any) -> None:
         if name in owner.__dict__:
             original = owner.__dict__[name]
             self._undo.append(lambda: setattr(owner, name, original))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -43,12 +42,6 @@ def see_through(counter: FlopCounter, func: Any, args: Any, kwargs: Any) -> Any:
 def _explained(entry: Entry) -> bool:
     # A torch operator written in terms of others is the sum of what it called, also where that is nothing.
     return entry.kind is Kind.COUNTED or (entry.name.startswith("aten::") and is_composite(entry.func))
-
-
-def compiling_higher_order() -> bool:
-    """Is torch setting up a control-flow operator (cond, scan, flex_attention ...) for its eager run?"""
-    utils = sys.modules.get("torch._higher_order_ops.utils")
-    return bool(getattr(getattr(utils, "_hop_compile_tls", None), "in_hop_compile", False))
 
 
 def _higher_order(counter: FlopCounter, entry: Entry, args: Any, kwargs: Any) -> Any:

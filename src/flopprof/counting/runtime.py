@@ -54,9 +54,12 @@ class FlopCounter(TorchDispatchMode):
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
-        # Compiled functions run eagerly under a counter, so that all they do is seen. Control-flow operators
-        # compile themselves to be run at all, and insist on it: these compile without the counter.
-        return opaque.compiling_higher_order()
+        """True: whether a function runs compiled is not for torch to tell by this mode (see compiled.py).
+
+        The mark that False leaves is seen by every thread, and compiles nothing there; and control-flow operators,
+        which compile themselves to be run at all, insist on it.
+        """
+        return True
 
     def __init__(self, model: torch.nn.Module | None = None, *, attention: Attention = "full") -> None:
         super().__init__()
@@ -235,6 +238,9 @@ class FlopCounter(TorchDispatchMode):
             known = cost.mask_known
             if cost.causal is not None:
                 causal = cost.causal
+        elif frame.visible is not None:  # unfused attention: its products do not know the mask that its caller gave
+            known = True
+            causal = flops * frame.visible[0] // frame.visible[1]
         graded = _grad_enabled()
         if not parameter and (phase == "backward" or phase == "recompute"):
             parameter = self.where.parameter()

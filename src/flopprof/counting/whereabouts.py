@@ -129,8 +129,10 @@ class Whereabouts:
         return self._sites.get(self._owned, "")
 
     # --- told by the instrumentation -----------------------------------------------------------
-    def enter(self, module: torch.nn.Module | None, region: str = "") -> Call:
-        """A module is called, or a region entered."""
+    def enter(
+        self, module: torch.nn.Module | None, region: str = "", visible: tuple[int, int] | None = None
+    ) -> Call:
+        """A module is called, a region entered, or causal attention with so many (visible, all) pairs computed."""
         previous = parent = self.frame
         timeline, replays = self._timeline, 0
         node = _node()
@@ -140,7 +142,10 @@ class Whereabouts:
                 parent = self.backward(node)[0]
         elif self.optimizing:
             self._end_interrupted_step()
-        frame = self.names.region(parent, region) if module is None else self.names.enter(parent, module)
+        if module is not None:
+            frame = self.names.enter(parent, module)
+        else:
+            frame = self.names.region(parent, region) if visible is None else self.names.masked(parent, visible)
         if not replays and (frame.module is None or frame.module() is module):
             frame.calls += 1
         self.frame = frame
