@@ -20,7 +20,6 @@ from torch.autograd.variable import Variable
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from flopprof.counting.compiled import EagerCompiled, compile_with, uncompiled_call
-
 from flopprof.formulas.attention import count_pairs
 
 _stack_size = torch._C._len_torch_dispatch_stack
@@ -136,6 +135,27 @@ def _replay(hook: type) -> tuple[Callable[..., None], Callable[..., Any], Callab
     return __init__, __enter__, __exit__
 
 
+def _reentrant_backward(original: Callable[..., Any]) -> Callable[..., Any]:
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        run_function = ctx.run_function
+
+        def replay(*args: Any) -> Any:
+            tokens = [(counter, counter.where.enter_replay(None)) for counter in active()]
+            try:
+                return run_function(*args)
+            finally:
+                for counter, token in reversed(tokens):
+                    counter.where.leave_replay(token)
+
+        ctx.run_function = replay
+        try:
+            return original(ctx, *gradients)
+        finally:
+            ctx.run_function = run_function
+
+    return backward
+
+
 def _before_step(optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     counters = active()
     step = sys._getframe(1)
@@ -246,6 +266,8 @@ class _Installed:
         if replay is not None:
             for name, function in zip(("__init__", "__enter__", "__exit__"), _replay(replay), strict=True):
                 self._replace(replay, name, function)
+        reentrant = torch.utils.checkpoint.CheckpointFunction
+        self._replace(reentrant, "backward", staticmethod(_reentrant_backward(reentrant.backward)))
         self._undo.append(register_optimizer_step_pre_hook(_before_step).remove)
         self._undo.append(register_optimizer_step_post_hook(_after_step).remove)
 
