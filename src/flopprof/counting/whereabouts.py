@@ -36,8 +36,8 @@ class _Pass:
         self.last = -1
 
 
-# What a module's exit must undo: previous frame, parent, frame, timeline, 1 inside a backward.
-Call = tuple[Frame, Frame, Frame, Timeline, int]
+# What a module's exit must undo: previous frame, parent, frame, timeline, 1 inside a backward, 1 where it is replayed.
+Call = tuple[Frame, Frame, Frame, Timeline, int, int]
 
 
 class Whereabouts:
@@ -52,8 +52,8 @@ class Whereabouts:
         self._timeline = self._timelines[threading.get_ident()]
         self._passes: list[_Pass] = []
         self._pass: _Pass | None = None
-        self._replays = 0  # modules that run inside a backward
-        self._checkpoints = 0  # checkpoint replays that torch announced
+        self._replays = 0  # modules and checkpointed functions that run inside this backward
+        self._checkpoints = 0  # those of them, in any backward, that only run what ran before
         self.higher = 0  # higher-order operators, whose own backward runs with grad mode on
         self._sites: dict[int, str] = {}
         self._owned = -2
@@ -86,18 +86,17 @@ class Whereabouts:
         if sequence != self._owned:
             self._owned = sequence
             self._owner = self._owner_of(sequence)
-        if self._checkpoints:
-            return self.frame, "recompute"
         frame = self.frame if self._replays else self._owner
         if not _grad_enabled() or self.higher:
-            return frame, "backward"
+            return frame, "recompute" if self._checkpoints else "backward"
         timeline = self._here()
         made = _sequence()
         if made != timeline.last:
             # These nodes were made by this node's backward: they belong where it does.
             timeline.note(timeline.last, frame)
             timeline.last = made
-        return frame, "backward" if self._pass is not None and self._pass.create_graph else "recompute"
+        differentiated = self._pass is not None and self._pass.create_graph and not self._checkpoints
+        return frame, "backward" if differentiated else "recompute"
 
     def _owner_of(self, sequence: int) -> Frame:
         if sequence >= _NO_FORWARD:
@@ -134,12 +133,14 @@ class Whereabouts:
     ) -> Call:
         """A module is called, a region entered, or causal attention with so many (visible, all) pairs computed."""
         previous = parent = self.frame
-        timeline, replays = self._timeline, 0
+        timeline, replays, replayed = self._timeline, 0, 0
         node = _node()
         if node is not None:
             timeline, replays = self._here(), 1
-            if not (self._replays or self._checkpoints or self.optimizing):
-                parent = self.backward(node)[0]
+            if not (self._replays or self.optimizing):
+                # With grad mode on, in a backward that builds no graph of its own, it is what a checkpoint replays.
+                parent, phase = self.backward(node)
+                replayed = int(phase == "recompute")
         elif self.optimizing:
             self._end_interrupted_step()
         if module is not None:
@@ -150,13 +151,15 @@ class Whereabouts:
             frame.calls += 1
         self.frame = frame
         self._replays += replays
+        self._checkpoints += replayed
         timeline.note(_sequence(), frame)
-        return previous, parent, frame, timeline, replays
+        return previous, parent, frame, timeline, replays, replayed
 
     def leave(self, call: Call) -> None:
         """The call is over, by return or by exception."""
-        self.frame, parent, _frame, timeline, replays = call
+        self.frame, parent, _frame, timeline, replays, replayed = call
         self._replays -= replays
+        self._checkpoints -= replayed
         timeline.note(_sequence(), parent)
 
     def enter_pass(self, *, retain_graph: bool, create_graph: bool) -> None:
@@ -180,15 +183,22 @@ class Whereabouts:
                 self._sites.pop(sequence, None)
 
     def enter_replay(self, frame: Frame | None) -> Frame:
-        """A checkpointed region, first run in `frame`, is run again; returns what leave_replay needs."""
-        previous, self.frame = self.frame, frame or self.names.root
+        """A checkpointed function is run again: in the frame that called the checkpoint, or in the node's."""
+        previous, node = self.frame, _node()
+        if frame is None:
+            frame = self.names.root if node is None else self.backward(node)[0]
+        self.frame = frame
+        self._replays += 1
         self._checkpoints += 1
+        self._here().note(_sequence(), frame)
         return previous
 
     def leave_replay(self, previous: Frame) -> None:
-        """The replay is over."""
-        self._checkpoints -= 1
+        """The replay is over; `previous` is what enter_replay returned."""
         self.frame = previous
+        self._replays -= 1
+        self._checkpoints -= 1
+        self._here().note(_sequence(), previous)
 
     def enter_optimizer(self, step: FrameType | None = None) -> None:
         """An optimizer's step begins, in this Python frame."""
