@@ -225,7 +225,11 @@ def test_attention_shows_both_conventions() -> None:
 def test_attention_without_a_known_mask_says_so() -> None:
     text = printed(stack(1, operators=(row("layers.0", "forward", 8, LONG),)), 120)
     assert "the mask is not known to 1 of 1 calls" in text
-    assert "attention" not in printed(stack(1))
+    assert "the mask is not known" not in printed(stack(1))
+
+
+def test_the_attention_convention_is_always_printed() -> None:
+    assert "attention    counted as full: every query-key pair counted" in printed(stack(1))
 
 
 def test_elementwise_stays_apart_and_assumptions_are_listed() -> None:

@@ -169,11 +169,11 @@ def _totals(view: _View) -> Iterator[tuple[str, str]]:
 
 def _attention(view: _View) -> Iterator[tuple[str, str]]:
     rows = [row for row in view.profile.operators if _is_attention(row)]
+    yield "attention", f"counted as {_CONVENTIONS[view.profile.attention]}"
     if not rows:
         return
     full, causal = (view.profile.with_attention(kind).model_flops for kind in ("full", "causal"))
     unknown = sum(row.calls for row in rows if not row.mask_known)
-    yield "attention", f"counted as {_CONVENTIONS[view.profile.attention]}"
     yield "", f"model with full attention {format_flops(full, view.unit)}, causal {format_flops(causal, view.unit)}"
     if unknown:
         yield (
