@@ -22,21 +22,23 @@ CASES = [
 ]
 
 _PACKAGES = ("flash_attn", "flash_attn_3", "xformers", "xformers_flash", "bitsandbytes", "fbgemm", "tex_ts", "torchao")
-_CUDA = "its kernel is for CUDA, and it has no meta kernel"
-_ROCM = "its kernel is for ROCm"
-_MPS = "its kernel is for Apple's MPS"
-_PACK = "its weight is packed by a kernel that this CPU or this build lacks"
+_CUDA = "its only kernel is for CUDA"
+_REASONS = {
+    "miopen": "its kernel is for ROCm",
+    "mps": "its kernel is for Apple's MPS",
+    "overrideable": "only backends outside torch implement it",
+    "symm_mem": "it needs a group of processes",
+    "mkldnn_linear_backward_input": "it fails on every layout from Python",
+    "_quantized::conv3d": "it has a schema and no kernel",
+    "_weight_int4pack_mm": "its meta kernel fails without a fake device",
+}
 
 
 def _why(op: str) -> str:
-    namespace, _, name = op.partition("::")
+    namespace = op.partition("::")[0]
     if namespace in _PACKAGES:
         return f"{namespace} is not installed"
-    reasons = {"miopen": _ROCM, "mps": _MPS, "overrideable": "only backends outside torch implement it"}
-    for part, reason in reasons.items():
-        if part in name:
-            return reason
-    return _PACK if namespace in ("quantized", "_quantized", "onednn", "mkl") or "quantized" in name else _CUDA
+    return next((reason for part, reason in _REASONS.items() if part in op), _CUDA)
 
 
 WAIVED = {op: _why(op) for op in sorted({case.op for case in CASES} - {c.op for c in CASES if c.device != "shapes"})}

@@ -170,9 +170,9 @@ CASES = [
     Case("mkldnn::_convolution_pointwise", lambda: pointwise("binary"), 7776, "2*(1*6*6*6)*(2*3*3)"),
     Case("mkldnn::_convolution_transpose_pointwise", lambda: pointwise("transposed"), 13824, "2*(1*4*8*8)*(3*3*3)"),
     Case("onednn::qconv_pointwise", lambda: qconv("qconv_pointwise", 2), 7776, "2*(1*6*6*6)*(2*3*3)"),
+    Case("onednn::qconv1d_pointwise", lambda: qconv("qconv1d_pointwise", 1), 432, "2*(1*6*6)*(2*3)"),
     Case("onednn::qconv2d_pointwise", lambda: qconv("qconv2d_pointwise", 2), 7776, "2*(1*6*6*6)*(2*3*3)"),
     Case("onednn::qconv3d_pointwise", lambda: qconv("qconv3d_pointwise", 3), 139968, "2*(1*6*6*6*6)*(2*3*3*3)"),
-    on_shapes("onednn::qconv1d_pointwise", [(1, 4, 8), 1.0, 0, (6, 2, 3)], 432, "2*(1*6*6)*(2*3)", out=(1, 6, 6)),
     on_shapes(
         "aten::convolution_overrideable",
         [(1, 4, 8, 8), (6, 2, 3, 3), None, [1, 1], [0, 0], [1, 1], False, [0, 0], 2],

@@ -37,6 +37,19 @@ def scaled_grouped_mm() -> torch.Tensor:
     return torch._scaled_grouped_mm(a, b, *scales, offsets, out_dtype=torch.bfloat16)
 
 
+def scaled_grouped_mm_v2() -> torch.Tensor:
+    a = torch.empty(32, 64, dtype=torch.float8_e4m3fn, device="meta")
+    b = torch.empty(2, 48, 64, dtype=torch.float8_e4m3fn, device="meta").transpose(1, 2)
+    scales = [torch.empty(32, device="meta")], [1], [], [torch.empty(2, 48, device="meta")], [1], []
+    ends = torch.empty(2, dtype=INT32, device="meta")
+    return torch.ops.aten._scaled_grouped_mm_v2(a, b, *scales, ends, None, torch.bfloat16)
+
+
+def mkldnn_weights() -> object:
+    grad, x, weight = (torch.ones(shape).to_mkldnn() for shape in ((2, 3), (2, 4), (3, 4)))
+    return torch.ops.aten.mkldnn_linear_backward_weights(grad, x, weight, True)
+
+
 def offsets(*ends: int) -> torch.Tensor:
     return torch.tensor(ends, dtype=INT32)
 
@@ -225,20 +238,26 @@ SPARSE = [
         "2*16*32*(64//2)",
         dtype="bfloat16",
     ),
-    on_shapes("aten::_cslt_sparse_mm", [(32 * 36,), (64, 48)], 98304, "2*32*(64//2)*48", out=(32, 48)),
 ]
 
 
+KERNELS = [
+    on_meta("mkl::_mkl_linear", [(2, 8), (5, 8), (5, 8), None, 2], 160, "2*2*8*5"),
+    Case("aten::mkldnn_linear_backward_weights", mkldnn_weights, 48, "2*2*3*4"),
+    Case("inductor::_mm_plus_mm", [(2, 3), (3, 4), (2, 5), (5, 4), (2, 4)], 128, "2*2*3*4 + 2*2*5*4"),
+    Case("aten::_scaled_grouped_mm_v2", scaled_grouped_mm_v2, 196608, "2*32*64*48"),
+    on_meta("aten::_cslt_sparse_mm", [(32, 36), (64, 48)], 98304, "2*32*(64//2)*48", dtype="bfloat16"),
+]
+
 STAND_INS = [
-    on_shapes("mkl::_mkl_linear", [(2, 8), (1,), (5, 8), None, 2], 160, "2*2*8*5", out=(2, 5)),
     on_shapes("aten::mkldnn_linear_backward_input", [[2, 4], (2, 3), (3, 4)], 48, "2*2*3*4", out=(2, 4)),
-    on_shapes("aten::mkldnn_linear_backward_weights", [(2, 3), (2, 4), (3, 4), True], 48, "2*2*3*4", out=(3, 4)),
-    on_shapes("aten::matmul_backward", [(7, 2, 3), (7, 2, 4), (4, 3), [True, True]], 672, "2*7*2*4*3 + 2*7*2*4*3"),
-    on_shapes(
-        "aten::_scaled_addmm", [(16, 48), (16, 32), (32, 48), [()], [0], [0], [()], [0], [0]], 49152, "2*16*32*48"
+    on_meta(
+        "aten::_scaled_addmm",
+        [torch.empty(16, 48, dtype=torch.bfloat16, device="meta"), (16, 32), (32, 48), [()], [0], [0], [()], [0], [0]],
+        49152,
+        "2*16*32*48",
+        dtype="float8_e4m3fn",
     ),
-    on_shapes("aten::_scaled_grouped_mm_v2", [(32, 64), (2, 64, 48)], 196608, "2*32*64*48", out=(32, 48)),
-    on_shapes("inductor::_mm_plus_mm", [(2, 3), (3, 4), (2, 5), (5, 4), (2, 4)], 128, "2*2*3*4 + 2*2*5*4"),
     on_shapes(
         "symm_mem::fused_all_gather_matmul",
         [(2, 3), [(3, 4), (3, 5)], 0, "group"],
@@ -263,4 +282,4 @@ STAND_INS = [
     ),
 ]
 
-CASES = [*DENSE, *SPARSE, *STAND_INS]
+CASES = [*DENSE, *SPARSE, *KERNELS, *STAND_INS]

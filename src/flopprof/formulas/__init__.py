@@ -58,6 +58,7 @@ SEEN_THROUGH = frozenset(
         "aten::inner",
         "aten::linalg_multi_dot",
         "aten::linalg_vecdot",
+        "aten::matmul_backward",
         "aten::tensordot",
     }
 )

@@ -107,12 +107,6 @@ def mkldnn_linear_backward_weights(grad: Tensor, x: Tensor, weight: Tensor, *_: 
     return 2 * product(grad.shape) * x.shape[-1]
 
 
-@formula("aten::matmul_backward", operands=(0, 1, 2))
-def matmul_backward(grad: Tensor, a: Tensor, b: Tensor, mask: Any, *, out: Any) -> int:
-    """Each wanted gradient is as large a product as the forward: 2 k for every element of its result."""
-    return 2 * product(grad.shape) * a.shape[-1] * sum(map(bool, mask))
-
-
 @formula("aten::_foreach_mm")
 def foreach_mm(left: Sequence[Tensor], right: Sequence[Tensor], *, out: Any, **_: Any) -> int:
     """The products of two lists, pair by pair: the sum of 2 m k n."""
