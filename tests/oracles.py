@@ -102,7 +102,7 @@ def conv_transpose_flops(x: Sequence[int], weight: Sequence[int], *, groups: int
 
 
 def attention_flops(q: Sequence[int], k: Sequence[int], v: Sequence[int], sees: Callable[[int, int], bool]) -> int:
-    """Scores and weighted values of (b, h, s, d), (b, hk, t, d), (b, hk, t, dv), for the pairs that `sees` lets through."""
+    """Scores and values of (b, h, s, d), (b, hk, t, d), (b, hk, t, dv), for the pairs that `sees` lets through."""
     machine = Machine()
     batch, heads, queries, d = q
     keys, dv = v[2:]
