@@ -65,8 +65,8 @@ def layer_backward(
     """Gradients of one layer in one direction, as autograd runs the unfused one.
 
     weights are w_ih, w_hh, then biases, then w_hr where the state is projected; wanted (of the weights, biases
-    included) and x, hx, cx say what needs a gradient. The first step's hidden state is hx, so its `first` rows need the product with w_hh only if hx does;
-    the later ones need it whenever anything before them does.
+    included) and x, hx, cx say what needs a gradient. The first step's hidden state is hx, so its `first` rows need
+    the product with w_hh only if hx does; the later ones need it whenever anything before them does.
     """
     w_ih, w_hh = weights[:2]
     projected = len(weights) > 2 and len(weights[-1].shape) == 2
