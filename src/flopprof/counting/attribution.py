@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import weakref
 from array import array
-from bisect import bisect_left, bisect_right
+from bisect import bisect_right
 from collections import deque
 from collections.abc import Iterator
 from typing import Any
@@ -23,7 +23,9 @@ _WRAPPERS = {"DataParallel", "DistributedDataParallel", "FullyShardedDataParalle
 _WRAPPED_ATTRIBUTES = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 
 # A loop that never runs backward over its graphs (evaluation without no_grad) must not grow for ever.
-_MOST_NOTES = 1 << 16
+_MOST_NOTES = 1 << 20
+_MOST_SITES = 1 << 17
+_TIDY_AT = 1 << 10
 # How many finished backward passes keep their notes: two losses may share a forward without retain_graph.
 _KEPT_PASSES = 8
 
@@ -129,7 +131,7 @@ class Names:
 
 def is_wrapper(module: torch.nn.Module) -> bool:
     """Does this module only wrap another (DDP, a compiled model), so that it has no name of its own?"""
-    return type(module).__name__ in _WRAPPERS or not _WRAPPED_ATTRIBUTES.isdisjoint(module._modules)
+    return type(module).__name__ in _WRAPPERS or not _WRAPPED_ATTRIBUTES.isdisjoint(module._modules.keys())
 
 
 def unwrap(module: torch.nn.Module) -> torch.nn.Module:
@@ -147,7 +149,7 @@ def walk(module: torch.nn.Module, fqn: str = "") -> Iterator[tuple[str, torch.nn
         yield name, current
         inside = above | {id(current)}
         wrapper = is_wrapper(current)
-        for key, child in reversed(current._modules.items()):
+        for key, child in reversed(list(current._modules.items())):
             if child is not None and id(child) not in inside:
                 stack.append((name if wrapper else f"{name}.{key}" if name else key, child, inside))
 
@@ -165,13 +167,20 @@ def _nearest(fqns: list[str], parent: str) -> str:
 
 
 class Timeline:
-    """Frames over autograd sequence numbers: `owner(n)` ran when node n was made."""
+    """Frames and parameters over autograd sequence numbers: `owner(n)` ran when node n was made.
+
+    A graph that is gone needs no notes. What a backward pass freed is forgotten once the table has doubled, the
+    latest passes excepted; of graphs that no backward ran over, the oldest notes go when there are too many.
+    """
 
     def __init__(self, root: Frame) -> None:
         self._root = root
         self._starts = array("q", [-1])
         self._owners: list[Frame] = [root]
-        self._passes: deque[tuple[int, int]] = deque()
+        self._sites: dict[int, str] = {}
+        self._latest: deque[set[int]] = deque()
+        self._freed: set[int] = set()
+        self._tidy_at = _TIDY_AT
         self.last = -1
 
     def note(self, sequence: int, frame: Frame) -> None:
@@ -182,29 +191,50 @@ class Timeline:
             self._starts.append(sequence)
             self._owners.append(frame)
             if len(self._starts) > _MOST_NOTES:
-                self._forget(1, len(self._starts) // 2)
+                # The oldest half belongs to the root from now on.
+                half = len(self._starts) // 2
+                del self._starts[1:half], self._owners[1:half]
 
-    def owner(self, sequence: int) -> Frame:
-        """The frame that was running when node number `sequence` was made."""
-        return self._owners[bisect_right(self._starts, sequence) - 1]
+    def owner(self, sequence: int) -> tuple[int, Frame]:
+        """The frame that was running when node number `sequence` was made, and the number from which it ran."""
+        index = bisect_right(self._starts, sequence) - 1
+        return self._starts[index], self._owners[index]
 
-    def finished(self, first: int, last: int) -> range:
-        """A backward pass over nodes first..last freed its graph; returns the older nodes forgotten now."""
-        self._passes.append((first, last))
-        if len(self._passes) <= _KEPT_PASSES:
-            return range(0)
-        low, high = self._passes.popleft()
-        self._forget(max(bisect_left(self._starts, low), 1), bisect_right(self._starts, high) - 1)
-        return range(low, high + 1)
+    def remember(self, sequence: int, parameter: str) -> None:
+        """Node number `sequence` multiplies this parameter: its backward will want to know."""
+        self._sites[sequence] = parameter
+        if len(self._sites) > _MOST_SITES:
+            for old in list(self._sites)[: _MOST_SITES // 2]:
+                del self._sites[old]
 
-    def _forget(self, begin: int, end: int) -> None:
-        if end <= begin:
-            return
-        if self._owners[begin - 1] is not self._root:  # what is forgotten belongs to the root from now on
-            self._owners[begin] = self._root
-            begin += 1
-        del self._starts[begin:end]
-        del self._owners[begin:end]
+    def parameter(self, sequence: int) -> str:
+        """The parameter that node number `sequence` multiplies, empty where it is none."""
+        return self._sites.get(sequence, "")
+
+    def freed(self, intervals: set[int], sites: list[int]) -> None:
+        """A backward pass ran over nodes of these intervals, and over these sites, and freed them."""
+        for sequence in sites:
+            self._sites.pop(sequence, None)
+        self._latest.append(intervals)
+        if len(self._latest) > _KEPT_PASSES:
+            self._freed |= self._latest.popleft()
+        if len(self._starts) + len(self._freed) > self._tidy_at:
+            self._tidy()
+
+    def behind(self, sequence: int) -> bool:
+        """Has this thread's numbering begun anew? Then what is noted here was another thread's."""
+        return sequence < self._starts[-1]
+
+    def _tidy(self) -> None:
+        starts, owners = array("q", [-1]), [self._root]
+        for start, owner in zip(self._starts, self._owners, strict=True):
+            kept = self._root if start in self._freed else owner
+            if kept is not owners[-1]:
+                starts.append(start)
+                owners.append(kept)
+        self._starts, self._owners = starts, owners
+        self._freed.clear()
+        self._tidy_at = max(_TIDY_AT, 2 * len(starts))
 
     def __len__(self) -> int:
-        return len(self._starts)
+        return len(self._starts) + len(self._sites) + len(self._freed)

@@ -91,25 +91,27 @@ def compiling_higher_order() -> bool:
     return bool(getattr(getattr(utils, "_hop_compile_tls", None), "in_hop_compile", False))
 
 
-def uncompiled_call(counting: Callable[[], Any]) -> property:
+class UncompiledCall:
     """In place of Module._compiled_call_impl, which `module.compile()` sets: None in a thread that counts.
 
-    What is compiled there is the bound `_call_impl` of that time: run eagerly, it would pass by our own.
+    What is compiled there is the bound `_call_impl` of that time: run eagerly, it would pass by our own. No property,
+    since TorchScript compiles the properties of a module.
     """
 
-    def read(self: torch.nn.Module) -> Any:
-        compiled = self.__dict__.get("_compiled_call_impl")
-        if compiled is not None and not torch.compiler.is_compiling() and counting() and not compiling_higher_order():
-            return None
-        return compiled
+    def __init__(self, counting: Callable[[], Any]) -> None:
+        self._counting = counting
 
-    def write(self: torch.nn.Module, value: Any) -> None:
-        self.__dict__["_compiled_call_impl"] = value
+    def __get__(self, module: torch.nn.Module | None, owner: type | None = None) -> Any:
+        compiled = None if module is None else module.__dict__.get("_compiled_call_impl")
+        if compiled is None or torch.compiler.is_compiling() or compiling_higher_order() or not self._counting():
+            return compiled
+        return None
 
-    def delete(self: torch.nn.Module) -> None:
-        self.__dict__.pop("_compiled_call_impl", None)
+    def __set__(self, module: torch.nn.Module, compiled: Any) -> None:
+        module.__dict__["_compiled_call_impl"] = compiled
 
-    return property(read, write, delete)
+    def __delete__(self, module: torch.nn.Module) -> None:
+        module.__dict__.pop("_compiled_call_impl", None)
 
 
 def compile_with(call: Callable[..., Any]) -> Callable[..., None]:

@@ -19,7 +19,7 @@ import torch.utils.checkpoint
 from torch.autograd.variable import Variable
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from flopprof.counting.compiled import EagerCompiled, compile_with, uncompiled_call
+from flopprof.counting.compiled import EagerCompiled, UncompiledCall, compile_with
 from flopprof.formulas.attention import count_pairs
 
 _stack_size = torch._C._len_torch_dispatch_stack
@@ -251,7 +251,7 @@ class _Installed:
 
     def _install(self) -> None:
         self._replace(torch.nn.Module, "_call_impl", _module_call)
-        self._replace(torch.nn.Module, "_compiled_call_impl", uncompiled_call(active))
+        self._replace(torch.nn.Module, "_compiled_call_impl", UncompiledCall(active))
         self._replace(torch.nn.Module, "compile", compile_with(_original_call))
         eager = EagerCompiled(active)
         self._undo.append(eager.remove)
