@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -33,8 +34,9 @@ class FlopCounter(TorchDispatchMode):
     """Context manager that counts the FLOPs of whatever runs inside it; `.profile` during and after.
 
     model gives modules their names (`layer1.0.conv2`, root ""); without it roots are named after their class.
-    Counters nest, each counting everything inside it; entering one again goes on with its tally, `reset()`
-    empties it. What runs is not changed: results are bitwise those without the counter.
+    Counters nest, each counting everything inside it once; entering one again goes on with its tally, `reset()`
+    empties it. A counter counts the thread that entered it. What runs is not changed: results are bitwise those
+    without the counter.
 
     >>> import torch
     >>> model = torch.nn.Linear(4, 5)
@@ -69,7 +71,7 @@ class FlopCounter(TorchDispatchMode):
             raise ValueError(f"attention {attention!r} is neither 'full' nor 'causal'.")
         self.model = model
         self.attention: Attention = attention
-        self._open = 0
+        self._open = self._thread = 0
         self.reset()
 
     def reset(self) -> None:
@@ -93,16 +95,19 @@ class FlopCounter(TorchDispatchMode):
     def __enter__(self) -> FlopCounter:
         if not self._open:
             self._entries = entries()
+            self._thread = threading.get_ident()
             self.where.open()
             installed.acquire()
-        self._open += 1
-        super().__enter__()
+            super().__enter__()
+        elif self._thread != threading.get_ident():
+            raise RuntimeError("this FlopCounter is open in another thread: give each thread a counter of its own.")
+        self._open += 1  # entered within itself, it still counts once
         return self
 
     def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
         self._open -= 1
         if not self._open:
+            super().__exit__(*error)
             installed.release()
             measure(self._names.frames.values(), self.model)
             self.where.close()
@@ -155,6 +160,8 @@ class FlopCounter(TorchDispatchMode):
             try:
                 signature = self.signature(entry, args, kwargs)
             except RuntimeError:  # a strided nested tensor has no shape: look inside its kernel
+                return opaque.run(self, entry, args, kwargs or {})
+            if entry.complex_inside and args[0].is_complex():
                 return opaque.run(self, entry, args, kwargs or {})
             out = entry.call(*args, **kwargs) if kwargs else entry.call(*args)
             node = _node()
@@ -244,13 +251,13 @@ class FlopCounter(TorchDispatchMode):
         graded = _grad_enabled()
         if not parameter and (phase == "backward" or phase == "recompute"):
             parameter = self.where.parameter()
-        elif graded and parameter:
-            self.where.remember(parameter)
         self.counted_calls += 1
         key = (entry, frame, phase, graded, parameter, signature, _outputs(out))
         row = self._tally.counted.get(key)
         if row is None:
             row = self._tally.new_row(key, known, out)
+        if row[5]:
+            self.where.remember(parameter)
         scale = row[4]
         row[0] += 1
         row[1] += scale * flops

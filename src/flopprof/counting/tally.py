@@ -31,7 +31,8 @@ class Tally:
     """Rows keyed by everything that distinguishes them; their number does not grow with repeated steps."""
 
     def __init__(self) -> None:
-        # key -> [calls, flops, causal flops, mask known, scale: 4 where a multiply-add is complex]
+        # key -> [calls, flops, causal flops, mask known, scale: 4 where a multiply-add is complex,
+        #         1 where a backward may come and will want to know the parameter]
         self.counted: dict[Any, list[int]] = {}
         # key -> [calls, flops]
         self.elementwise: dict[tuple[Entry, Frame, Phase], list[int]] = {}
@@ -41,10 +42,11 @@ class Tally:
 
     def new_row(self, key: Any, mask_known: bool, out: Any) -> list[int]:
         """The row of a key that was not seen before."""
-        entry, signature = key[0], key[5]
+        entry, _frame, _phase, graded, parameter, signature, _outputs = key
         multiplied = [item for position in entry.positions for item in described(signature, position)]
         complex_product = bool(multiplied) and all(dtype.is_complex for _shape, dtype, _wants, _source in multiplied)
-        row = self.counted[key] = [0, 0, 0, int(mask_known), 4 if complex_product else 1]
+        differentiable = graded and bool(parameter) and any(wants for _shape, _dtype, wants, _source in multiplied)
+        row = self.counted[key] = [0, 0, 0, int(mask_known), 4 if complex_product else 1, int(differentiable)]
         if self.device is None and (tensors := [leaf for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor)]):
             self.device = tensors[0].device.type
         return row
@@ -92,7 +94,7 @@ def described(signature: Any, position: int) -> list[Any]:
 
 def _operator_row(key: Any, counts: list[int], attention: Attention) -> OperatorRow:
     entry, frame, phase, graded, site, signature, outputs = key
-    calls, flops, causal, known, _scale = counts
+    calls, flops, causal, known, _scale, _differentiable = counts
     operands, moved, multiplied = [], 0, []
     for position in range(len(signature)):
         for shape, dtype, wants, source in described(signature, position):

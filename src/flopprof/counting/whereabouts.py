@@ -18,22 +18,20 @@ _grad_enabled = torch.is_grad_enabled
 
 # AccumulateGrad and the graph root carry the largest numbers there are: no forward made them.
 _NO_FORWARD = 1 << 62
-# Forward contractions remembered for backwards that may never come (evaluation without no_grad).
-_MOST_SITES = 1 << 16
 
 
 class _Pass:
     """One call of the autograd engine."""
 
-    __slots__ = ("create_graph", "first", "last", "replays", "retain_graph", "timeline")
+    __slots__ = ("create_graph", "intervals", "replays", "retain_graph", "sites", "timeline")
 
     def __init__(self, timeline: Timeline, retain_graph: bool, create_graph: bool, replays: int) -> None:
         self.timeline = timeline
         self.retain_graph = retain_graph
         self.create_graph = create_graph
         self.replays = replays
-        self.first = _NO_FORWARD
-        self.last = -1
+        self.intervals: set[int] = set()  # of the timeline, that its nodes fall into
+        self.sites: list[int] = []  # nodes whose forward multiplied a parameter
 
 
 # What a module's exit must undo: previous frame, parent, frame, timeline, 1 inside a backward, 1 where it is replayed.
@@ -55,13 +53,16 @@ class Whereabouts:
         self._replays = 0  # modules and checkpointed functions that run inside this backward
         self._checkpoints = 0  # those of them, in any backward, that only run what ran before
         self.higher = 0  # higher-order operators, whose own backward runs with grad mode on
-        self._sites: dict[int, str] = {}
         self._owned = -2
         self._owner = names.root
 
     def open(self) -> None:
         """The counter is entered by this thread."""
+        thread = threading.get_ident()
+        if thread in self._timelines and self._timelines[thread].behind(_sequence()):
+            del self._timelines[thread]
         self._timeline = self._here()
+        self._timeline.note(_sequence(), self.frame)
 
     def close(self) -> None:
         """The counter is left: whatever an exception interrupted is over."""
@@ -103,10 +104,10 @@ class Whereabouts:
             return self.names.root
         current = self._pass
         if current is None:
-            return self._timeline.owner(sequence)
-        current.first = min(current.first, sequence)
-        current.last = max(current.last, sequence)
-        return current.timeline.owner(sequence)
+            return self._timeline.owner(sequence)[1]
+        start, frame = current.timeline.owner(sequence)
+        current.intervals.add(start)
+        return frame
 
     def _here(self) -> Timeline:
         # Sequence numbers are per thread, and CUDA's backward runs in threads of its own.
@@ -117,20 +118,19 @@ class Whereabouts:
         return timeline
 
     def remember(self, parameter: str) -> None:
-        """The operator that runs now multiplies this parameter: its backward will want to know."""
-        self._sites[_sequence() - 1] = parameter
-        if len(self._sites) > _MOST_SITES:
-            for old in list(self._sites)[: _MOST_SITES // 2]:
-                del self._sites[old]
+        """The operator that runs now multiplies this parameter, in the node made last."""
+        self._here().remember(_sequence() - 1, parameter)
 
     def parameter(self) -> str:
         """The parameter that the forward of the running backward operator multiplied."""
-        return self._sites.get(self._owned, "")
+        current = self._pass
+        if current is None:
+            return self._timeline.parameter(self._owned)
+        current.sites.append(self._owned)
+        return current.timeline.parameter(self._owned)
 
     # --- told by the instrumentation -----------------------------------------------------------
-    def enter(
-        self, module: torch.nn.Module | None, region: str = "", visible: tuple[int, int] | None = None
-    ) -> Call:
+    def enter(self, module: torch.nn.Module | None, region: str = "", visible: tuple[int, int] | None = None) -> Call:
         """A module is called, a region entered, or causal attention with so many (visible, all) pairs computed."""
         previous = parent = self.frame
         timeline, replays, replayed = self._timeline, 0, 0
@@ -178,9 +178,8 @@ class Whereabouts:
         self._pass = self._passes[-1] if self._passes else None
         self._replays, self._owned = done.replays, -2
         done.timeline.note(_sequence(), self.frame)
-        if done.last >= 0 and not done.retain_graph:
-            for sequence in done.timeline.finished(done.first, done.last):
-                self._sites.pop(sequence, None)
+        if done.intervals and not done.retain_graph:
+            done.timeline.freed(done.intervals, done.sites)
 
     def enter_replay(self, frame: Frame | None) -> Frame:
         """A checkpointed function is run again: in the frame that called the checkpoint, or in the node's."""
