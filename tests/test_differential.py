@@ -136,7 +136,10 @@ DIVERGE = {
         "FlopCounterMode has no _trilinear",
     ),
     "sparse": Row(
-        lambda: lambda: torch.sparse.mm(torch.eye(6).to_sparse(), x(6, 4)), 2 * 6 * 4, 0, "6 non-zeros; FlopCounterMode 0"
+        lambda: lambda: torch.sparse.mm(torch.eye(6).to_sparse(), x(6, 4)),
+        2 * 6 * 4,
+        0,
+        "6 non-zeros of 4 columns; FlopCounterMode has no sparse product",
     ),
 }
 

@@ -35,11 +35,17 @@ _REFORMS = frozenset(
 )
 
 
+# Whole under inference_mode; with complex operands they run three real convolutions, which are then counted.
+_COMPLEX_INSIDE = frozenset(
+    {f"aten::conv{kind}{n}d" for kind in ("", "_transpose") for n in (1, 2, 3)} | {"aten::_convolution_mode"}
+)
+
+
 class Entry:
     """One operator overload and its treatment."""
 
     __slots__ = (
-        "call", "derives", "elementwise", "func", "kind", "makes_storage", "name", "per_out", "positions", "product",
+        "call", "complex_inside", "derives", "elementwise", "func", "kind", "makes_storage", "name", "per_out", "positions", "product",
         "reason", "rule", "unit",
     )  # fmt: skip
 
@@ -53,6 +59,7 @@ class Entry:
         self.unit = 0
         self.per_out = False
         self.derives = name in _COPIES or name in _REFORMS
+        self.complex_inside = name in _COMPLEX_INSIDE
         self.product = name == "aten::mul"
         self.positions: tuple[int, ...] = (0, 1)
         self.makes_storage = not _is_view(func) and not name.startswith(("aten::empty", "aten::new_empty"))
