@@ -160,20 +160,21 @@ def _before_step(optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     counters = active()
     step = sys._getframe(1)
     for counter in counters:
-        counter.where.enter_optimizer(step)
+        counter.where.steps.append(step)
     position = next((i for i, item in enumerate(args) if i > 0 and callable(item)), None)
     closure = args[position] if position is not None else kwargs.get("closure")
     if not counters or closure is None:
         return None
 
     def outside() -> Any:  # what a closure runs is forward and backward, not optimizer
+        steps = [counter.where.steps for counter in counters]
         for counter in counters:
-            counter.where.leave_optimizer()
+            counter.where.steps = []
         try:
             return closure()
         finally:
-            for counter in counters:
-                counter.where.enter_optimizer()
+            for counter, under_way in zip(counters, steps, strict=True):
+                counter.where.steps = under_way
 
     if position is None:
         return args, {**kwargs, "closure": outside}
@@ -181,8 +182,9 @@ def _before_step(optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
 
 
 def _after_step(optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    step = sys._getframe(1)
     for counter in active():
-        counter.where.leave_optimizer()
+        counter.where.leave_step(step)
 
 
 _original_apply = torch.autograd.Function.__dict__["apply"]

@@ -137,7 +137,8 @@ class FlopCounter(TorchDispatchMode):
             out = entry.call(*args, **kwargs) if kwargs else entry.call(*args)
             node = _node()
             if node is None:
-                frame, phase = self.where.frame, "optimizer" if self.where.optimizing else "forward"
+                frame = self.where.frame
+                phase = "optimizer" if self.where.steps and self.where.stepping() else "forward"
                 if entry.derives:
                     self._sources.derive(args, out)
             else:
@@ -168,7 +169,8 @@ class FlopCounter(TorchDispatchMode):
             cost = self._cost(entry, args, kwargs or {}, out, node)
             if cost is not None:
                 if node is None:
-                    frame, phase = self.where.frame, "optimizer" if self.where.optimizing else "forward"
+                    frame = self.where.frame
+                    phase = "optimizer" if self.where.steps and self.where.stepping() else "forward"
                 else:
                     frame, phase = self.where.backward(node)
                 if type(cost) is Cost:

@@ -44,8 +44,7 @@ class Whereabouts:
     def __init__(self, names: Names) -> None:
         self.names = names
         self.frame = names.root
-        self.optimizing = 0
-        self._step: FrameType | None = None
+        self.steps: list[FrameType] = []  # optimizer steps under way, by the Python frame that runs each
         self._timelines = {threading.get_ident(): Timeline(names.root)}
         self._timeline = self._timelines[threading.get_ident()]
         self._passes: list[_Pass] = []
@@ -67,8 +66,8 @@ class Whereabouts:
     def close(self) -> None:
         """The counter is left: whatever an exception interrupted is over."""
         self.frame, self._pass, self._passes = self.names.root, None, []
-        self.optimizing = self._replays = self._checkpoints = self.higher = 0
-        self._step = None
+        self._replays = self._checkpoints = self.higher = 0
+        self.steps = []
         self._timeline.note(_sequence(), self.frame)
 
     # --- asked at every operator ---------------------------------------------------------------
@@ -76,12 +75,12 @@ class Whereabouts:
         """Frame and phase of whatever runs now."""
         node = _node()
         if node is None:
-            return self.frame, "optimizer" if self.optimizing else "forward"
+            return self.frame, "optimizer" if self.stepping() else "forward"
         return self.backward(node)
 
     def backward(self, node: Any) -> tuple[Frame, Phase]:
         """Frame and phase of an operator that runs while the engine evaluates `node`."""
-        if self.optimizing:
+        if self.steps and self.stepping():
             return self.frame, "optimizer"
         sequence = node._sequence_nr()
         if sequence != self._owned:
@@ -137,12 +136,10 @@ class Whereabouts:
         node = _node()
         if node is not None:
             timeline, replays = self._here(), 1
-            if not (self._replays or self.optimizing):
+            if not (self._replays or self.stepping()):
                 # With grad mode on, in a backward that builds no graph of its own, it is what a checkpoint replays.
                 parent, phase = self.backward(node)
                 replayed = int(phase == "recompute")
-        elif self.optimizing:
-            self._end_interrupted_step()
         if module is not None:
             frame = self.names.enter(parent, module)
         else:
@@ -199,24 +196,16 @@ class Whereabouts:
         self._checkpoints -= 1
         self._here().note(_sequence(), previous)
 
-    def enter_optimizer(self, step: FrameType | None = None) -> None:
-        """An optimizer's step begins, in this Python frame."""
-        if step is not None:
-            self._end_interrupted_step()
-            self._step = step
-        self.optimizing += 1
+    def stepping(self) -> bool:
+        """Is an optimizer's step running? torch tells of no step that raised: its frame has then left the stack."""
+        while self.steps and not _running(self.steps[-1]):
+            self.steps.pop()
+        return bool(self.steps)
 
-    def leave_optimizer(self) -> None:
-        """An optimizer's step is over."""
-        self.optimizing = max(self.optimizing - 1, 0)
-        if not self.optimizing:
-            self._step = None
-
-    def _end_interrupted_step(self) -> None:
-        # torch calls no post hook when step() raises: the frame that ran it has then left the stack.
-        step = self._step
-        if step is not None and not _running(step):
-            self.optimizing, self._step = 0, None
+    def leave_step(self, step: FrameType) -> None:
+        """The optimizer's step that this frame runs is over, and so are those inside it."""
+        if step in self.steps:
+            del self.steps[self.steps.index(step) :]
 
 
 def _running(frame: FrameType) -> bool:
