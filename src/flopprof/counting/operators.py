@@ -45,8 +45,8 @@ class Entry:
     """One operator overload and its treatment."""
 
     __slots__ = (
-        "call", "complex_inside", "derives", "elementwise", "func", "kind", "makes_storage", "name", "per_out", "positions", "product",
-        "reason", "rule", "unit",
+        "call", "complex_inside", "derives", "elementwise", "func", "kind", "makes_storage", "name", "per_out",
+        "positions", "product", "reason", "rule", "unit",
     )  # fmt: skip
 
     def __init__(self, func: Any, name: str, kind: Kind) -> None:
@@ -123,14 +123,22 @@ def _is_view(func: Any) -> bool:
     schema = getattr(func, "_schema", None)
     if schema is None:
         return False
-    return any(item.alias_info is not None and not item.alias_info.is_write for item in schema.returns)
+    if not any(item.alias_info is not None and not item.alias_info.is_write for item in schema.returns):
+        return False
+    # reshape, contiguous, to ...: a view or a copy, as it comes
+    return not _has_kernel(func, "CompositeImplicitAutograd")
+
+
+def _has_kernel(func: Any, key: str) -> bool:
+    try:
+        return bool(torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), key))
+    except RuntimeError:  # a few operators (sym_size) live in Python alone
+        return False
 
 
 def is_composite(func: Any) -> bool:
     """Is the operator written in terms of other operators?"""
-    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")) or bool(
-        torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeExplicitAutograd")
-    )
+    return _has_kernel(func, "CompositeImplicitAutograd") or _has_kernel(func, "CompositeExplicitAutograd")
 
 
 def _has_tensor(func: Any) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from operator import index
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from flopprof.counting.instrument import active, counter_types, installed
 from flopprof.counting.operands import Sources
 from flopprof.counting.operators import PRODUCT_NODES, Entry, Kind, entries, learn
 from flopprof.counting.tally import Tally, first_shape, measure
-from flopprof.counting.unseen import Unseen, storages
+from flopprof.counting.unseen import OUTSIDE, Unseen, storages
 from flopprof.counting.whereabouts import Whereabouts
 from flopprof.formulas import Cost, LengthsUnknown
 from flopprof.formulas.elementwise import elementwise_flops
@@ -122,9 +123,9 @@ class FlopCounter(TorchDispatchMode):
             TorchDispatchMode.__exit__(self, None, None, None)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        entry = self._entries.get(id(func)) or learn(func)
         if types and _foreign(types):
             return NotImplemented
+        entry = self._entries.get(id(func)) or learn(func)
         kind = entry.kind
         if kind is _FREE:
             out = entry.call(*args, **kwargs) if kwargs else entry.call(*args)
@@ -173,15 +174,15 @@ class FlopCounter(TorchDispatchMode):
                     phase = "optimizer" if self.where.steps and self.where.stepping() else "forward"
                 else:
                     frame, phase = self.where.backward(node)
-                if type(cost) is Cost:
+                if isinstance(cost, Cost):
                     self.charge(entry, frame, phase, signature, out, cost)
                 else:
                     self._count(entry, frame, phase, signature, out, cost)
         else:
             self.seen += 1
             out = opaque.run(self, entry, args, kwargs or {})
-        if self.unseen.produced is not None:
-            self.unseen.saw(entry.name, out)
+        if self.unseen.produced is not None and entry.makes_storage:
+            self.unseen.saw(out)
         return out
 
     def signature(self, entry: Entry, args: Any, kwargs: Any) -> tuple[str, tuple[Any, ...]]:
@@ -223,8 +224,9 @@ class FlopCounter(TorchDispatchMode):
             kwargs = {name: value for name, value in kwargs.items() if name != "out"}
         try:
             if rule.wanted:
-                return rule.formula(*args, **kwargs, out=out, wanted=_wanted(node))
-            return rule.formula(*args, **kwargs, out=out)
+                kwargs = {**kwargs, "wanted": _wanted(node)}
+            cost = rule.formula(*args, **kwargs, out=out)
+            return cost if (type(cost) is int and cost >= 0) or type(cost) is Cost else _checked(cost)
         except LengthsUnknown as unknown:
             self.uncounted(entry.name, args, str(unknown))
         except Exception as error:  # a handler must not raise: what ran is right, only its count is not known
@@ -281,7 +283,9 @@ class FlopCounter(TorchDispatchMode):
         if seen == self.seen and self.unseen.produced is None:
             made = storages(output)
             if made and not made <= storages(inputs) and made.isdisjoint(self._sources.known):
-                self.uncounted(frame.cls, inputs, "its output was produced outside the dispatcher")
+                module = frame.module() if frame.module is not None else None
+                if module is None or not made <= storages([dict(vars(part)) for part in module.modules()]):
+                    self.uncounted(frame.cls, inputs, OUTSIDE)
 
 
 counter_types.add(FlopCounter)
@@ -322,6 +326,16 @@ def _foreign(types: Any) -> bool:
 
 _plain_dispatch = torch._C._disabled_torch_dispatch_impl
 _SHAPES_ONLY = frozenset({"FakeTensor"})  # stands for a plain tensor: counted here, by its shapes
+
+
+def _checked(cost: Any) -> int:
+    """What a user's formula returned, as an int: of numpy, symbolic ... Raises for what is no count."""
+    if isinstance(cost, torch.SymInt):
+        return cost  # type: ignore[return-value]  # sums like one
+    flops = index(cost)
+    if flops < 0:
+        raise ValueError(f"{flops} FLOPs are less than none")
+    return flops
 
 
 def _wanted(node: Any) -> tuple[bool, ...] | None:
