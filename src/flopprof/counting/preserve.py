@@ -5,14 +5,15 @@ from __future__ import annotations
 import copy
 import random
 import sys
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 
-# Kept by reference in a module's __dict__ and filled by a run: caches, lists of outputs.
-_CONTAINERS = (dict, list, set)
+# Held by a module and filled by a run: caches, lists of outputs.
+_CONTAINERS = (dict, list, set, OrderedDict, defaultdict, deque)
 
 
 class Keep:
@@ -20,27 +21,25 @@ class Keep:
 
     def __init__(self) -> None:
         self._undo: list[Callable[[], object]] = []
+        self._saved: set[int] = set()  # storages, held by what puts them back
 
     def module(self, module: torch.nn.Module) -> None:
-        """Every attribute of every submodule, buffers by value."""
+        """Every attribute of every submodule, by value where a forward writes: buffers, caches, renormed tables."""
         for submodule in module.modules():
-            self._attributes(submodule)
-        for buffer in module.buffers():
-            if not buffer.is_meta:
-                self._values(buffer)
+            self._container(submodule.__dict__, set())
+            if getattr(submodule, "max_norm", None) is not None:  # nn.Embedding then rescales the rows it reads
+                for parameter in submodule.parameters(recurse=False):
+                    self._values(parameter)
         for parameter in module.parameters():
             self.gradient(parameter)
 
     def optimizer(self, optimizer: torch.optim.Optimizer) -> None:
-        """Parameters by value, and the optimizer's state."""
+        """Its parameters, state and settings."""
+        self._container(optimizer.__dict__, set())
         for group in optimizer.param_groups:
-            self._undo.append(lambda group=group, before=dict(group): (group.clear(), group.update(before)))
             for parameter in group["params"]:
                 self._values(parameter)
                 self.gradient(parameter)
-        state = optimizer.state
-        before = {key: copy.deepcopy(value) for key, value in state.items()}
-        self._undo.append(lambda: (state.clear(), state.update(before)))
 
     def gradients(self, outputs: list[torch.Tensor]) -> None:
         """Gradients of every leaf that a backward from `outputs` will reach."""
@@ -65,38 +64,38 @@ class Keep:
         leaf.grad = None
         self._undo.append(lambda: setattr(leaf, "grad", gradient))
 
-    def _attributes(self, module: torch.nn.Module) -> None:
-        attributes = module.__dict__
-        before = dict(attributes)
-        inside = [(value, copy.copy(value)) for value in before.values() if type(value) in _CONTAINERS]
+    def _container(self, container: Any, above: set[int]) -> None:
+        before = copy.copy(container)
+        above = above | {id(container)}
+        for value in before.values() if isinstance(before, dict) else before:
+            if type(value) in _CONTAINERS and id(value) not in above:
+                self._container(value, above)
+            elif isinstance(value, torch.Tensor) and not isinstance(value, torch.nn.Parameter):
+                self._values(value)
 
         def undo() -> None:
-            for value, content in inside:
-                value.clear()
-                if isinstance(value, list):
-                    value.extend(content)
-                else:
-                    value.update(content)
-            attributes.clear()
-            attributes.update(before)
+            container.clear()
+            (container.extend if isinstance(container, list | deque) else container.update)(before)
 
         self._undo.append(undo)
 
     def _values(self, tensor: torch.Tensor) -> None:
-        if tensor.is_meta:
+        # By storage: whatever the type, overlaps included, and unseen by autograd, whose graphs may hold the tensor.
+        try:
+            storage = tensor.untyped_storage()
+        except (RuntimeError, NotImplementedError):  # sparse: written to by no operator in place
             return
-        before = tensor.detach().clone()
-
-        def undo() -> None:
-            with torch.no_grad():
-                tensor.copy_(before)
-
-        self._undo.append(undo)
+        if storage.device.type == "meta" or storage._cdata in self._saved:
+            return
+        self._saved.add(storage._cdata)
+        before = storage.clone()
+        self._undo.append(lambda: storage.copy_(before))
 
     def restore(self) -> None:
         """Put everything back, the latest first."""
         while self._undo:
             self._undo.pop()()
+        self._saved.clear()
 
 
 @contextmanager
