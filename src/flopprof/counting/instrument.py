@@ -20,6 +20,7 @@ from torch.autograd.variable import Variable
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from flopprof.counting.compiled import EagerCompiled, UncompiledCall, compile_with
+from flopprof.counting.unseen import OUTSIDE, follow
 from flopprof.formulas.attention import count_pairs
 
 _stack_size = torch._C._len_torch_dispatch_stack
@@ -206,7 +207,9 @@ def _function_apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
         ]
     for counter, missing in zip(counters, found, strict=True):
         if missing:
-            counter.uncounted(cls.__name__, args, "its output was produced outside the dispatcher")
+            counter.uncounted(cls.__name__, args, OUTSIDE)
+    if any(found):
+        follow(active, cls.__name__, output)
     return output
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.utils._pytree import tree_leaves
 
-# These only allocate: a kernel that nobody saw may have filled what they return.
-_ALLOCATE = ("aten::empty", "aten::new_empty")
+OUTSIDE = "its output was produced outside the dispatcher"
+
+_plain_dispatch = torch.Tensor.__torch_dispatch__
 
 
 class Unseen:
@@ -23,30 +25,58 @@ class Unseen:
         self.produced = set() if previous is None else previous
         return previous
 
-    def saw(self, name: str, result: Any) -> None:
-        """This operator produced this result."""
-        if self.produced is not None and not name.startswith(_ALLOCATE):
+    def saw(self, result: Any) -> None:
+        """A seen operator wrote this result: no view, and no mere allocation, which another kernel may fill."""
+        if self.produced is not None:
             self.produced |= storages(result)
 
     def unwatch(self, token: set[int] | None, inputs: Any, output: Any) -> bool:
-        """Stop watching; was there an output that no seen operator produced and no input holds?"""
+        """Stop watching; was there an output that no seen operator produced and no input holds?
+
+        An input that wraps other tensors may hold any: then nothing is known.
+        """
         produced = self.produced or set()
         made = storages(output) - produced if output is not None else set()
-        missing = bool(made and made - storages(inputs))
+        missing = bool(made and made - storages(inputs)) and not any(map(_is_wrapper, tree_leaves(inputs)))
         self.produced = token
         if token is not None:
             token |= made
         return missing
 
 
+def follow(counting: Callable[[], list[Any]], name: str, output: Any) -> None:
+    """The forward of an autograd.Function was not seen: watch the gradients that its backward makes."""
+    leaves = (leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor))
+    node = next((leaf.grad_fn for leaf in leaves if leaf.grad_fn is not None), None)
+    if node is None:
+        return
+    watched: list[tuple[Any, set[int] | None]] = []
+
+    def before(gradients: Any) -> None:
+        watched[:] = [(counter, counter.unseen.watch()) for counter in counting()]
+
+    def after(made: Any, gradients: Any) -> None:
+        while watched:
+            counter, token = watched.pop()
+            if counter.unseen.unwatch(token, gradients, made):
+                counter.uncounted(name, gradients, OUTSIDE)
+
+    node.register_prehook(before)
+    node.register_hook(after)
+
+
 def storages(tree: Any) -> set[int]:
-    """Identities of the storages below: tensors with elements only."""
+    """Identities of the storages below: tensors with elements only, and no wrappers around others."""
     found = set()
     for leaf in tree_leaves(tree):
-        if isinstance(leaf, torch.Tensor):
+        if isinstance(leaf, torch.Tensor) and not _is_wrapper(leaf):
             try:
                 if leaf.numel():
                     found.add(leaf.untyped_storage()._cdata)
             except (RuntimeError, NotImplementedError):  # sparse, nested, functorch: no storage to look at
                 continue
     return found
+
+
+def _is_wrapper(leaf: Any) -> bool:
+    return isinstance(leaf, torch.Tensor) and type(leaf).__torch_dispatch__ is not _plain_dispatch
