@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import random
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -406,9 +407,7 @@ def test_count_of_a_function_leaves_what_it_closes_over(backward: bool) -> None:
     assert module.bias.grad is None
 
 
-def test_count_with_tensors_changed_in_place_by_the_model() -> None:
-    """A key-value cache given as input is the caller's to pass afresh; weights are not touched."""
-
+def test_count_leaves_a_table_that_is_renormed_when_read() -> None:
     class Renormalising(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -421,6 +420,44 @@ def test_count_with_tensors_changed_in_place_by_the_model() -> None:
     before = module.table.weight.detach().clone()
     flopprof.count(module, torch.tensor([0, 1]))
     assert torch.equal(module.table.weight, before)
+
+
+GLOBAL = nn.BatchNorm1d(4)
+
+
+@pytest.mark.parametrize("how", ["closure", "global", "method", "partial", "argument", "list", "loss"])
+def test_count_leaves_the_modules_that_a_function_uses(how: str) -> None:
+    module, modules, x = nn.BatchNorm1d(4), [nn.BatchNorm1d(4)], torch.randn(8, 4)
+
+    def call(function: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        return function(x)
+
+    functions: dict[str, Callable[[], object]] = {
+        "closure": lambda: flopprof.count(lambda x: module(x).sum(), x),
+        "global": lambda: flopprof.count(lambda x: GLOBAL(x).sum(), x),
+        "method": lambda: flopprof.count(module.forward, x),
+        "partial": lambda: flopprof.count(functools.partial(call, module), x),
+        "argument": lambda: flopprof.count(call, module, x),
+        "list": lambda: flopprof.count(lambda x: modules[0](x).sum(), x),
+        "loss": lambda: flopprof.count(nn.Linear(4, 4), x, loss=lambda output: module(output).sum()),
+    }
+    functions[how]()
+    for norm in (module, modules[0], GLOBAL):
+        assert int(norm.num_batches_tracked) == 0
+        assert torch.equal(norm.running_mean, torch.zeros(4))
+
+
+def test_count_leaves_inputs_that_the_model_writes_to() -> None:
+    x, cache = torch.randn(2, 4), torch.zeros(2, 4)
+    before = x.clone()
+
+    def run(x: torch.Tensor, *, state: list[torch.Tensor]) -> torch.Tensor:
+        state[0] += x
+        return F.relu_(x)
+
+    flopprof.count(run, x, state=[cache])
+    assert torch.equal(x, before)
+    assert torch.equal(cache, torch.zeros(2, 4))
 
 
 @pytest.mark.parametrize("kind", ["SGD", "Adam", "AdamW"])

@@ -1,0 +1,1 @@
+"""Running code -> profile: what ran, in which module and phase."""

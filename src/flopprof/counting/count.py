@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_map_only
 
-from flopprof.counting.preserve import preserved
+from flopprof.counting.preserve import modules_within, preserved
 from flopprof.counting.runtime import FlopCounter
 from flopprof.profile import Attention, Profile
 
@@ -31,8 +31,8 @@ def count(
     optimizer  also count one step of it (phase `optimizer`); given, backward is counted
     attention  `full` counts every query-key pair, `causal` only those that the operator's mask lets through
 
-    Parameters, gradients, buffers, optimizer state, random
-    state, training mode and cached attributes are afterwards as they were before.
+    Parameters, gradients, buffers, inputs, optimizer state, random state, training mode and cached attributes are
+    afterwards as they were before; of a function, those of the modules that it is given or closes over.
 
     >>> import torch
     >>> count(torch.nn.Linear(4, 5), torch.randn(3, 4), backward=True).by_phase()
@@ -43,7 +43,7 @@ def count(
     module = model if isinstance(model, torch.nn.Module) else None
     backward = backward or loss is not None or optimizer is not None
     counter = FlopCounter(module, attention=attention)
-    with preserved(module, optimizer) as keep:
+    with preserved(modules_within(model, args, kwargs, loss), (args, kwargs), optimizer) as keep:
         if not backward:
             with counter:
                 model(*args, **kwargs)

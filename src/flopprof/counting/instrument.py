@@ -1,9 +1,10 @@
 """Process-wide instrumentation, in place only while a counter is open.
 
 Four things are not visible to a dispatch mode: which module is called, whether a backward builds a graph
-of its own, which checkpoint is replayed, and that the products of unfused attention are masked. Each is observed by wrapping one function of torch; the wrappers
-serve every open counter of the running thread (a counter is found through the dispatch mode stack, which
-autograd carries to its device threads) and are removed when the last counter closes.
+of its own, which checkpoint is replayed, and that the products of unfused attention are masked. Each is observed
+by wrapping one function of torch; the wrappers serve every open counter of the running thread (a counter is found
+through the dispatch mode stack, which autograd carries to its device threads) and are removed when the last
+counter closes.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ import torch.utils.checkpoint
 from torch.autograd.variable import Variable
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from flopprof.counting.compiled import EagerCompiled, UncompiledCall, compile_with
+from flopprof.counting.compiled import UncompiledCall, compile_with, run_eagerly
+from flopprof.counting.sharding import unseen_sharding
 from flopprof.counting.unseen import OUTSIDE, follow
 from flopprof.formulas.attention import count_pairs
 
@@ -45,7 +47,7 @@ def _top() -> list[Any]:
     return active()
 
 
-_original_call = torch.nn.Module._call_impl
+_original_call: Callable[..., Any] = torch.nn.Module._call_impl
 
 
 def _module_call(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -100,7 +102,7 @@ _regions: weakref.WeakKeyDictionary[Any, list[tuple[Any, Any]]] = weakref.WeakKe
 
 
 def _remember_region(hook: type) -> Callable[..., None]:
-    original: Callable[..., None] = hook.__init__
+    original: Callable[..., None] = hook.__init__  # type: ignore[misc]  # replaced as a whole
 
     def __init__(self: Any, frame: Any) -> None:  # noqa: N807 - stands in for a constructor
         original(self, frame)
@@ -112,7 +114,7 @@ def _remember_region(hook: type) -> Callable[..., None]:
 
 
 def _replay(hook: type) -> tuple[Callable[..., None], Callable[..., Any], Callable[..., Any]]:
-    original: Callable[..., None] = hook.__init__
+    original: Callable[..., None] = hook.__init__  # type: ignore[misc]  # replaced as a whole
     enter: Callable[..., Any] = hook.__enter__  # type: ignore[attr-defined]  # a context manager
     leave: Callable[..., Any] = hook.__exit__  # type: ignore[attr-defined]
 
@@ -258,9 +260,9 @@ class _Installed:
         self._replace(torch.nn.Module, "_call_impl", _module_call)
         self._replace(torch.nn.Module, "_compiled_call_impl", UncompiledCall(active))
         self._replace(torch.nn.Module, "compile", compile_with(_original_call))
-        eager = EagerCompiled(active)
-        self._undo.append(eager.remove)
-        eager.install()
+        for change in (run_eagerly(active), unseen_sharding(active)):
+            self._undo.append(change.remove)
+            change.install()
         self._replace(torch.autograd.Function, "apply", classmethod(_function_apply))
         self._replace(torch.nn.functional, "scaled_dot_product_attention", _attend)
         self._replace(Variable, "_execution_engine", _Engine(Variable._execution_engine))

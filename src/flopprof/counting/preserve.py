@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import random
 import sys
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_leaves
 
 # Held by a module and filled by a run: caches, lists of outputs.
 _CONTAINERS = (dict, list, set, OrderedDict, defaultdict, deque)
@@ -29,7 +33,7 @@ class Keep:
             self._container(submodule.__dict__, set())
             if getattr(submodule, "max_norm", None) is not None:  # nn.Embedding then rescales the rows it reads
                 for parameter in submodule.parameters(recurse=False):
-                    self._values(parameter)
+                    self.values(parameter)
         for parameter in module.parameters():
             self.gradient(parameter)
 
@@ -38,7 +42,7 @@ class Keep:
         self._container(optimizer.__dict__, set())
         for group in optimizer.param_groups:
             for parameter in group["params"]:
-                self._values(parameter)
+                self.values(parameter)
                 self.gradient(parameter)
 
     def gradients(self, outputs: list[torch.Tensor]) -> None:
@@ -71,7 +75,7 @@ class Keep:
             if type(value) in _CONTAINERS and id(value) not in above:
                 self._container(value, above)
             elif isinstance(value, torch.Tensor) and not isinstance(value, torch.nn.Parameter):
-                self._values(value)
+                self.values(value)
 
         def undo() -> None:
             container.clear()
@@ -79,7 +83,8 @@ class Keep:
 
         self._undo.append(undo)
 
-    def _values(self, tensor: torch.Tensor) -> None:
+    def values(self, tensor: torch.Tensor) -> None:
+        """Its elements, in place."""
         # By storage: whatever the type, overlaps included, and unseen by autograd, whose graphs may hold the tensor.
         try:
             storage = tensor.untyped_storage()
@@ -98,17 +103,44 @@ class Keep:
         self._saved.clear()
 
 
+def modules_within(*values: Any) -> list[torch.nn.Module]:
+    """Modules among arguments, and those that a function, method or partial among them will find by itself."""
+    found: dict[int, torch.nn.Module] = {}
+    stack = [leaf for leaf in tree_leaves(values) if callable(leaf)]
+    for value in stack:  # grows as it goes
+        if isinstance(value, torch.nn.Module):
+            found[id(value)] = value
+        elif isinstance(value, partial):
+            stack += [leaf for leaf in tree_leaves((value.func, value.args, value.keywords)) if callable(leaf)]
+        elif isinstance(value, MethodType):
+            stack.append(value.__self__)
+        elif isinstance(value, FunctionType):
+            names = inspect.getclosurevars(value)
+            stack += [
+                held
+                for held in tree_leaves([list(names.nonlocals.values()), list(names.globals.values())])
+                if isinstance(held, torch.nn.Module)
+            ]
+    return list(found.values())
+
+
 @contextmanager
-def preserved(module: torch.nn.Module | None, optimizer: torch.optim.Optimizer | None = None) -> Iterator[Keep]:
-    """Whatever runs inside leaves the module, the optimizer and the random state as they were."""
+def preserved(
+    modules: list[torch.nn.Module], inputs: Any = (), optimizer: torch.optim.Optimizer | None = None
+) -> Iterator[Keep]:
+    """Whatever runs inside leaves modules, inputs, optimizer and random state as they were."""
     keep = Keep()
+    tensors = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, torch.Tensor)]
     numpy = sys.modules.get("numpy")
     python_state = random.getstate()
     numpy_state = numpy.random.get_state() if numpy is not None else None
-    devices = sorted({p.device.index or 0 for p in module.parameters() if p.is_cuda}) if module is not None else []
+    used = [*tensors, *(parameter for module in modules for parameter in module.parameters())]
+    devices = sorted({tensor.device.index or 0 for tensor in used if tensor.is_cuda})
     with torch.random.fork_rng(devices=devices):
-        if module is not None:
+        for module in modules:
             keep.module(module)
+        for tensor in tensors:
+            keep.values(tensor)
         if optimizer is not None:
             keep.optimizer(optimizer)
         try:

@@ -65,7 +65,7 @@ class FlopCounter(TorchDispatchMode):
         return True
 
     def __init__(self, model: torch.nn.Module | None = None, *, attention: Attention = "full") -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         if model is not None and not isinstance(model, torch.nn.Module):
             raise TypeError(f"FlopCounter takes a module or nothing, got {type(model).__name__}.")
         if attention not in ("full", "causal"):
@@ -99,7 +99,7 @@ class FlopCounter(TorchDispatchMode):
             self._thread = threading.get_ident()
             self.where.open()
             installed.acquire()
-            super().__enter__()
+            super().__enter__()  # type: ignore[no-untyped-call]
         elif self._thread != threading.get_ident():
             raise RuntimeError("this FlopCounter is open in another thread: give each thread a counter of its own.")
         self._open += 1  # entered within itself, it still counts once
@@ -108,7 +108,7 @@ class FlopCounter(TorchDispatchMode):
     def __exit__(self, *error: Any) -> None:
         self._open -= 1
         if not self._open:
-            super().__exit__(*error)
+            super().__exit__(*error)  # type: ignore[no-untyped-call]
             installed.release()
             measure(self._names.frames.values(), self.model)
             self.where.close()
@@ -122,7 +122,9 @@ class FlopCounter(TorchDispatchMode):
         finally:
             TorchDispatchMode.__exit__(self, None, None, None)
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # noqa: PLR0915 - calls within would cost more than some of the operators
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         if types and _foreign(types):
             return NotImplemented
         entry = self._entries.get(id(func)) or learn(func)
@@ -187,7 +189,7 @@ class FlopCounter(TorchDispatchMode):
 
     def signature(self, entry: Entry, args: Any, kwargs: Any) -> tuple[str, tuple[Any, ...]]:
         """The parameter multiplied, and per argument (shape, dtype, gradient wanted, source), or these of a list."""
-        known = self._sources.known
+        known, positions = self._sources.known, entry.positions
         parameter = ""
         signature: list[Any] = []
         for item in (*args, *kwargs.values()) if kwargs else args:
@@ -196,9 +198,8 @@ class FlopCounter(TorchDispatchMode):
                     source = known.get(item.untyped_storage()._cdata)
                 except (RuntimeError, NotImplementedError):  # sparse and functorch tensors have no storage
                     source = None
-                if source is not None and not parameter and source.kind == "parameter":
-                    if len(signature) in entry.positions:
-                        parameter = source.name
+                if source is not None and not parameter and source.kind == "parameter" and len(signature) in positions:
+                    parameter = source.name
                 signature.append((item.shape, item.dtype, item.requires_grad, source))
             elif isinstance(item, list | tuple) and item and isinstance(item[0], _Tensor):
                 inner, described = self.signature(entry, item, None)
@@ -253,7 +254,7 @@ class FlopCounter(TorchDispatchMode):
             known = True
             causal = flops * frame.visible[0] // frame.visible[1]
         graded = _grad_enabled()
-        if not parameter and (phase == "backward" or phase == "recompute"):
+        if not parameter and phase in ("backward", "recompute"):
             parameter = self.where.parameter()
         self.counted_calls += 1
         key = (entry, frame, phase, graded, parameter, signature, _outputs(out))

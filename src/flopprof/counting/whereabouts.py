@@ -13,7 +13,7 @@ from flopprof.counting.attribution import Frame, Names, Timeline
 from flopprof.profile import Phase
 
 _node = torch._C._current_autograd_node
-_sequence = torch.autograd._get_sequence_nr
+_sequence = torch._C._autograd._get_sequence_nr
 _grad_enabled = torch.is_grad_enabled
 
 # AccumulateGrad and the graph root carry the largest numbers there are: no forward made them.
