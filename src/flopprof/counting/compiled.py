@@ -8,78 +8,30 @@ torch._dynamo, whose import takes seconds: where nobody has imported it yet, the
 from __future__ import annotations
 
 import sys
-import threading
-from collections.abc import Callable, Sequence
-from importlib.machinery import ModuleSpec, PathFinder
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
 import torch
 
-_DYNAMO = "torch._dynamo.eval_frame"
+from flopprof.counting.imports import WhenImported, replaced
 
 
-class EagerCompiled:
-    """The switch, while it is turned: `install` and `remove`."""
+def run_eagerly(counting: Callable[[], Any]) -> WhenImported:
+    """Turns the switch for threads that count."""
 
-    def __init__(self, counting: Callable[[], Any]) -> None:
-        self._counting = counting
-        self._lock = threading.Lock()
-        self._undo: list[Callable[[], object]] = []
-        self._wanted = False
+    def eager() -> bool:
+        return bool(counting()) and not compiling_higher_order()
 
-    def install(self) -> None:
-        """From now on, threads that count run compiled functions eagerly."""
-        self._wanted = True
-        if _DYNAMO not in sys.modules:
-            sys.meta_path.insert(0, self)
-        self._turn()
+    def turn(dynamo: ModuleType) -> Callable[[], object]:
+        nested = getattr(dynamo, "_is_eager_on_nested_compile", None)
+        if nested is not None:
+            return replaced(dynamo, "_is_eager_on_nested_compile", lambda: nested() or eager())
+        # Older torch asks the stance instead, whose answer None stands for eager.
+        callback = dynamo._callback_from_stance
+        return replaced(dynamo, "_callback_from_stance", lambda given: None if eager() else callback(given))
 
-    def remove(self) -> None:
-        """Leave torch as it was."""
-        with self._lock:
-            self._wanted = False
-            if self in sys.meta_path:
-                sys.meta_path.remove(self)
-            while self._undo:
-                self._undo.pop()()
-
-    def _turn(self) -> None:
-        with self._lock:
-            dynamo = sys.modules.get(_DYNAMO)
-            if not self._wanted or self._undo or dynamo is None:
-                return
-            if hasattr(dynamo, "_is_eager_on_nested_compile"):
-                self._replace(dynamo, "_is_eager_on_nested_compile", self._eager)
-            elif hasattr(dynamo, "_callback_from_stance"):  # torch before 2.13 or so
-                self._replace(dynamo, "_callback_from_stance", self._no_callback)
-
-    def _replace(self, dynamo: ModuleType, name: str, replacement: Callable[[Any], Any]) -> None:
-        original = getattr(dynamo, name)
-        setattr(dynamo, name, replacement(original))
-        self._undo.append(lambda: setattr(dynamo, name, original))
-
-    def _eager(self, original: Callable[[], bool]) -> Callable[[], bool]:
-        return lambda: original() or (bool(self._counting()) and not compiling_higher_order())
-
-    def _no_callback(self, original: Callable[[Any], Any]) -> Callable[[Any], Any]:
-        eager = self._eager(lambda: False)
-        return lambda callback: None if eager() else original(callback)
-
-    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
-        """Stand in the way of one import, to turn the switch right after it (the protocol of sys.meta_path)."""
-        spec = PathFinder.find_spec(name, path) if name == _DYNAMO else None
-        loader: Any = spec.loader if spec is not None else None
-        if loader is None:
-            return None
-
-        def exec_module(module: ModuleType) -> None:
-            del loader.exec_module
-            loader.exec_module(module)
-            self._turn()
-
-        loader.exec_module = exec_module
-        return spec
+    return WhenImported("torch._dynamo.eval_frame", turn)
 
 
 def compiling_higher_order() -> bool:
