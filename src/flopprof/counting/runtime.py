@@ -122,6 +122,16 @@ class FlopCounter(TorchDispatchMode):
         finally:
             TorchDispatchMode.__exit__(self, None, None, None)
 
+    @contextmanager
+    def muted(self) -> Iterator[None]:
+        """What runs inside is seen and forgotten."""
+        kept = self._tally, self.counted_calls
+        self._tally = Tally()
+        try:
+            yield
+        finally:
+            self._tally, self.counted_calls = kept
+
     def __torch_dispatch__(  # noqa: PLR0915 - calls within would cost more than some of the operators
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
