@@ -61,11 +61,16 @@ class Sources:
                     self._add(item, source)
 
     def _add(self, tensor: torch.Tensor, source: Source) -> None:
+        flatten = getattr(tensor, "__tensor_flatten__", None)
+        if flatten is not None:  # a wrapper, whose own storage holds nothing: its tensors are what is multiplied
+            names, _context = flatten()
+            for inner in (getattr(tensor, name) for name in names):
+                if isinstance(inner, torch.Tensor):
+                    self._add(inner, source)
+            return
         try:
             storage = tensor.untyped_storage()
-        except (RuntimeError, NotImplementedError):  # sparse, nested, wrapper subclass: no storage of its own
-            for inner in _inner_tensors(tensor):
-                self._add(inner, source)
+        except (RuntimeError, NotImplementedError):  # sparse, nested
             return
         key = storage._cdata
         if key in self.known:
@@ -86,11 +91,3 @@ def _merged(sources: list[Source]) -> Source:
     if not parameters:
         return sources[0]
     return parameters[0] if len(parameters) == 1 else Source("parameter", " + ".join(p.name for p in parameters))
-
-
-def _inner_tensors(tensor: torch.Tensor) -> list[torch.Tensor]:
-    flatten = getattr(tensor, "__tensor_flatten__", None)
-    if flatten is None:
-        return []
-    names, _context = flatten()
-    return [getattr(tensor, name) for name in names]
