@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import doctest
+import importlib
 import os
 import re
 import subprocess
@@ -37,6 +38,14 @@ def test_the_readme_shows_commands() -> None:
 @pytest.mark.parametrize("path", ["README.md", *(str(p.relative_to(ROOT)) for p in sorted(ROOT.glob("docs/*.md")))])
 def test_python_examples_run(path: str) -> None:
     failed, _tried = doctest.testfile(str(ROOT / path), module_relative=False)
+    assert failed == 0
+
+
+@pytest.mark.parametrize(
+    "name", ["counting.count", "counting.runtime", "formulas", "models.targets", "profile", "units"]
+)
+def test_docstring_examples_run(name: str) -> None:
+    failed, _tried = doctest.testmod(importlib.import_module(f"flopprof.{name}"))
     assert failed == 0
 
 
