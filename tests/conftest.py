@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 import torch.utils.checkpoint
+from hypothesis import settings
 from torch.autograd.variable import Variable
 from torch.nn.modules import module as modules
 from torch.optim import optimizer as optimizers
+
+# The same examples on every machine; no deadline, because the first call of an operator is slow.
+settings.register_profile("flopprof", max_examples=25, deadline=None, derandomize=True)
+settings.load_profile("flopprof")
 
 # Looked up by name in the class itself: an inherited or rebound attribute is another thing.
 _FUNCTIONS = (
@@ -62,11 +66,3 @@ def nothing_leaks() -> Iterator[None]:
     assert {
         name: after[name] for name in after if after[name] is not before[name] and after[name] != before[name]
     } == {}
-
-
-@pytest.fixture
-def collected() -> Iterator[None]:
-    """Cyclic garbage is collected before and after, so that what a test looks at is alive for a reason."""
-    gc.collect()
-    yield
-    gc.collect()
