@@ -301,6 +301,20 @@ def test_modules_made_and_dropped_in_a_loop() -> None:
     assert sum(own(counter.profile, "forward")[fqn] for fqn in by_class) == 20 * 2 * L
 
 
+@pytest.mark.filterwarnings("ignore:Lazy modules are a new feature:UserWarning")
+def test_lazy_modules() -> None:
+    model = nn.Sequential(nn.LazyLinear(WIDTH, bias=False), nn.Tanh(), nn.LazyLinear(WIDTH, bias=False))
+    with FlopCounter(model) as counter:
+        train(model)()
+        train(model)()
+    assert where(conserved(counter.profile)) == both({"0": 2 * L, "2": 2 * L})
+    assert counter.profile.n_params == 2 * WIDTH * WIDTH
+    other = nn.Sequential(nn.LazyLinear(WIDTH, bias=False), nn.LazyBatchNorm1d())
+    assert flopprof.count(other, leaf(), backward=True).by_phase()["backward"] == 2 * L
+    assert flopprof.count(other, leaf(), backward=True).by_parameter() == {"0.weight": 3 * L}
+    assert other(leaf()).shape == (ROWS, WIDTH)
+
+
 # --- parametrisations and hooks: what they multiply belongs to the module -------------------------------------------
 
 

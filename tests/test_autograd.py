@@ -22,7 +22,10 @@ from flopprof import FlopCounter
 A, B = 60, 140
 FORWARD = {"a": A, "b": B}
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script.*is deprecated:FutureWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*torch.jit.script.*is deprecated:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:Anomaly Detection has been enabled:UserWarning"),
+]
 
 
 class Net(nn.Module):
@@ -149,6 +152,22 @@ def forward_mode(net: Net, x: torch.Tensor) -> None:
         forward_ad.unpack_dual(net(dual))
 
 
+def batched_gradients(net: Net, x: torch.Tensor) -> None:
+    x.requires_grad_()
+    torch.autograd.grad(net(x), x, torch.randn(4, 2, 7), is_grads_batched=True)
+
+
+def saved_elsewhere(net: Net, x: torch.Tensor) -> None:
+    with torch.autograd.graph.save_on_cpu():
+        loss = net(x).sum()
+    loss.backward()
+
+
+def under_anomaly_detection(net: Net, x: torch.Tensor) -> None:
+    with torch.autograd.detect_anomaly(check_nan=False):
+        net(x).sum().backward()
+
+
 CASES = {
     # The weight gradient of each layer, and what `b` hands to `a`; nobody asks for the gradient of x.
     "plain": Case(plain, FORWARD, {"a": A, "b": 2 * B}),
@@ -183,6 +202,15 @@ CASES = {
     # Forward mode: y = x W^T and its tangent dx W^T + x dW^T; torch runs the last also where dW is zero.
     "jvp": Case(lambda net, x: jvp(net, (x,), (x,)), {"a": 3 * A, "b": 3 * B}, {}),
     "forward-mode AD": Case(forward_mode, {"a": 3 * A, "b": 3 * B}, {}),
+    "four gradients at once": Case(batched_gradients, FORWARD, {"a": 4 * A, "b": 4 * B}),
+    "saved tensors elsewhere": Case(saved_elsewhere, FORWARD, {"a": A, "b": 2 * B}),
+    "anomaly detection": Case(under_anomaly_detection, FORWARD, {"a": A, "b": 2 * B}),
+    # 14 outputs, one backward for each, to x alone.
+    "autograd.functional.jacobian": Case(torch.autograd.functional.jacobian, FORWARD, {"a": 14 * A, "b": 14 * B}),
+    # The trick of two backwards: the second differentiates g @ W with regard to g alone.
+    "autograd.functional.jvp": Case(
+        lambda net, x: torch.autograd.functional.jvp(net, x, x), FORWARD, {"a": 2 * A, "b": 2 * B}
+    ),
     # One row (A/2, B/2), and one backward for each of the 7 outputs.
     "jacrev": Case(lambda net, x: jacrev(net)(x[0]), {"a": A // 2, "b": B // 2}, {"a": 7 * A // 2, "b": 7 * B // 2}),
     # One row, 3 tangents for it at once, and the zero tangent of the weight once.
@@ -346,6 +374,34 @@ def test_custom_function_differentiated_twice() -> None:
     # first 2A, then of g @ w^T both factors (2A), then through its forward again (2A). Under create_graph the
     # double backward of the unasked x^T @ g does not run.
     assert own(profile, "backward") == {"0": 6 * A, "2": 2 * B}
+
+
+class Functional(torch.autograd.Function):
+    """As Product, in the form that torch.func understands."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        return x @ w
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.save_for_backward(*inputs)
+
+    backward = Product.backward
+
+
+def test_custom_function_under_torch_func() -> None:
+    w = torch.randn(3, 5)
+    gradient = counted(lambda: grad(lambda w: Functional.apply(torch.randn(2, 3), w).sum())(w))
+    assert gradient.by_phase() == {"forward": A, "backward": 2 * A, "recompute": 0, "optimizer": 0}
+    batch = torch.randn(4, 2, 3)
+    assert counted(lambda: vmap(lambda x: Functional.apply(x, w))(batch)).by_phase()["forward"] == 4 * A
+    per_sample = counted(lambda: vmap(grad(lambda x: Functional.apply(x, w).sum()))(batch))
+    assert per_sample.by_phase() == {"forward": 4 * A, "backward": 8 * A, "recompute": 0, "optimizer": 0}
+    assert gradient.exact
+    assert per_sample.exact
 
 
 def test_recompute_written_by_the_user_is_recompute_of_its_module() -> None:

@@ -90,9 +90,16 @@ class _Engine:
         counters = active()
         for counter in counters:
             counter.where.enter_pass(retain_graph=bool(retain_graph), create_graph=bool(create_graph))
+        # Nodes are numbered per thread. On a device the engine would run, and number what a graph of its own adds,
+        # in another thread than the one whose numbers tell modules apart.
+        elsewhere = bool(counters) and bool(create_graph) and torch._C._is_multithreading_enabled()
+        if elsewhere:
+            torch._C._set_multithreading_enabled(False)
         try:
             return self._engine.run_backward(*args, **kwargs)
         finally:
+            if elsewhere:
+                torch._C._set_multithreading_enabled(True)
             for counter in counters:
                 counter.where.leave_pass()
 

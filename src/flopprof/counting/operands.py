@@ -26,6 +26,7 @@ class Sources:
 
     def __init__(self) -> None:
         self.known: dict[int, Source] = {}
+        self.lazy: list[tuple[torch.nn.Parameter, Source]] = []  # not yet initialised: no shape, no storage
         self._alive: dict[int, StorageWeakRef] = {}  # a dead storage's address must not be taken for it
         self._sweep_at = _SWEEP_AT
 
@@ -35,10 +36,23 @@ class Sources:
             prefix = f"{name}." if name else ""
             for key, parameter in submodule._parameters.items():
                 if parameter is not None:
-                    self._add(parameter, Source("parameter", prefix + key))
+                    source = Source("parameter", prefix + key)
+                    if torch.nn.parameter.is_lazy(parameter):
+                        self.lazy.append((parameter, source))
+                    else:
+                        self._add(parameter, source)
             for key, buffer in submodule._buffers.items():
-                if buffer is not None:
+                if buffer is not None and not torch.nn.parameter.is_lazy(buffer):
                     self._add(buffer, Source("buffer", prefix + key))
+
+    def settle(self) -> None:
+        """Learn the lazy parameters that have been initialised meanwhile."""
+        waiting, self.lazy = self.lazy, []
+        for parameter, source in waiting:
+            if torch.nn.parameter.is_lazy(parameter):
+                self.lazy.append((parameter, source))
+            else:
+                self._add(parameter, source)
 
     def derive(self, args: Any, result: Any) -> None:
         """`result` was computed from `args`: where all of them are parameters or buffers, so is it."""

@@ -14,6 +14,7 @@ from types import FunctionType, MethodType
 from typing import Any
 
 import torch
+from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves
 
 # Held by a module and filled by a run: caches, lists of outputs.
@@ -30,12 +31,16 @@ class Keep:
     def module(self, module: torch.nn.Module) -> None:
         """Every attribute of every submodule, by value where a forward writes: buffers, caches, renormed tables."""
         for submodule in module.modules():
+            held = (*submodule._parameters.values(), *submodule._buffers.values())
+            if any(tensor is not None and is_lazy(tensor) for tensor in held):
+                continue  # its first call makes another module of it, for good
             self._container(submodule.__dict__, set())
             if getattr(submodule, "max_norm", None) is not None:  # nn.Embedding then rescales the rows it reads
                 for parameter in submodule.parameters(recurse=False):
                     self.values(parameter)
         for parameter in module.parameters():
-            self.gradient(parameter)
+            if not is_lazy(parameter):
+                self.gradient(parameter)
 
     def optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         """Its parameters, state and settings."""

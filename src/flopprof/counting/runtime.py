@@ -289,6 +289,8 @@ class FlopCounter(TorchDispatchMode):
 
     def returned(self, frame: Frame, seen: int, inputs: Any, output: Any) -> None:
         """A module returned: note its output, and whether it came from outside the dispatcher."""
+        if self._sources.lazy:
+            self._sources.settle()
         if frame.output_shape is None:
             frame.output_shape = first_shape(output)
         if seen == self.seen and self.unseen.produced is None:
