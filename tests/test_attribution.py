@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -313,6 +314,20 @@ def test_lazy_modules() -> None:
     assert flopprof.count(other, leaf(), backward=True).by_phase()["backward"] == 2 * L
     assert flopprof.count(other, leaf(), backward=True).by_parameter() == {"0.weight": 3 * L}
     assert other(leaf()).shape == (ROWS, WIDTH)
+
+
+def test_parameters_of_modules_that_are_gone() -> None:
+    counter = FlopCounter()
+
+    def run() -> weakref.ref[nn.Module]:
+        model = Tied()
+        with counter:
+            train(model)()
+        return weakref.ref(model)
+
+    assert run()() is None, "a counter keeps no module alive that it was not given"
+    assert counter.profile.n_params == WIDTH * WIDTH
+    assert {row.fqn: row.parameters for row in counter.profile.modules}["Tied"] == WIDTH * WIDTH
 
 
 # --- parametrisations and hooks: what they multiply belongs to the module -------------------------------------------

@@ -17,7 +17,7 @@ from flopprof.counting.attribution import Frame, Names
 from flopprof.counting.instrument import active, counter_types, installed
 from flopprof.counting.operands import Sources
 from flopprof.counting.operators import PRODUCT_NODES, Entry, Kind, entries, learn
-from flopprof.counting.tally import Tally, first_shape, measure
+from flopprof.counting.tally import Tally, first_shape
 from flopprof.counting.unseen import OUTSIDE, Unseen, storages
 from flopprof.counting.whereabouts import Whereabouts
 from flopprof.formulas import Cost, LengthsUnknown
@@ -28,6 +28,7 @@ from flopprof.profile import Attention, Phase, Profile
 _node = torch._C._current_autograd_node
 _grad_enabled = torch.is_grad_enabled
 _Tensor = torch.Tensor
+_SEQUENCES = (list, tuple)  # `list | tuple` is a new object at each evaluation
 _FREE, _ELEMENTWISE, _COUNTED = Kind.FREE, Kind.ELEMENTWISE, Kind.COUNTED
 
 
@@ -110,7 +111,7 @@ class FlopCounter(TorchDispatchMode):
         if not self._open:
             super().__exit__(*error)  # type: ignore[no-untyped-call]
             installed.release()
-            measure(self._names.frames.values(), self.model)
+            self._tally.measure(self._names.frames.values(), self.model)
             self.where.close()
 
     @contextmanager
@@ -211,7 +212,7 @@ class FlopCounter(TorchDispatchMode):
                 if source is not None and not parameter and source.kind == "parameter" and len(signature) in positions:
                     parameter = source.name
                 signature.append((item.shape, item.dtype, item.requires_grad, source))
-            elif isinstance(item, list | tuple) and item and isinstance(item[0], _Tensor):
+            elif isinstance(item, _SEQUENCES) and item and isinstance(item[0], _Tensor):
                 inner, described = self.signature(entry, item, None)
                 if inner and not parameter and len(signature) in entry.positions:
                     parameter = inner
@@ -360,6 +361,6 @@ def _wanted(node: Any) -> tuple[bool, ...] | None:
 def _outputs(out: Any) -> tuple[Any, ...]:
     if isinstance(out, _Tensor):
         return ((out.shape, out.dtype),)
-    if isinstance(out, tuple | list):
+    if isinstance(out, _SEQUENCES):
         return tuple((item.shape, item.dtype) for item in out if isinstance(item, _Tensor))
     return ()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -39,6 +39,7 @@ class Tally:
         self.uncounted: dict[tuple[str, Frame, Phase, Any, str], int] = {}
         self.assumptions: dict[str, None] = {}
         self.device: str | None = None
+        self._sizes = (0, 0)  # parameters, trainable ones
 
     def new_row(self, key: Any, mask_known: bool, out: Any) -> list[int]:
         """The row of a key that was not seen before."""
@@ -56,13 +57,20 @@ class Tally:
         key = (name, frame, phase, _shapes(tensors), reason)
         self.uncounted[key] = self.uncounted.get(key, 0) + 1
 
+    def measure(self, frames: Collection[Frame], model: torch.nn.Module | None) -> None:
+        """Note how many parameters there are, in all and in each module, while the modules live."""
+        _measure(frames, model)
+        parameters = _unique_parameters(frames, model)
+        count = sum(parameter.numel() for parameter in parameters)
+        if count >= self._sizes[0]:
+            self._sizes = count, sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
+
     def profile(
         self, frames: dict[str, Frame], model: torch.nn.Module | None, attention: Attention = "full"
     ) -> Profile:
         """Everything so far, names resolved."""
         ordered = _in_order(frames, model)
-        measure(ordered, model)
-        parameters = _unique_parameters(frames, model)
+        self.measure(ordered, model)
         rows = tuple(_operator_row(key, counts, attention) for key, counts in self.counted.items())
         return Profile(
             modules=tuple(_module_row(frame) for frame in ordered),
@@ -78,8 +86,8 @@ class Tally:
             assumptions=tuple(self.assumptions),
             attention=attention,
             device=self.device or "cpu",
-            n_params=sum(parameter.numel() for parameter in parameters),
-            n_params_trainable=sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
+            n_params=self._sizes[0],
+            n_params_trainable=self._sizes[1],
             torch_version=str(torch.__version__),
         )
 
@@ -184,8 +192,7 @@ def _in_order(frames: dict[str, Frame], model: torch.nn.Module | None) -> list[F
     return list({**ordered, **frames}.values())
 
 
-def measure(frames: Iterable[Frame], model: torch.nn.Module | None) -> None:
-    """Note each living module's parameters, while it lives."""
+def _measure(frames: Iterable[Frame], model: torch.nn.Module | None) -> None:
     for frame in frames:
         module = frame.module() if frame.module is not None else None
         if frame.fqn == "" and model is not None:
@@ -197,9 +204,9 @@ def measure(frames: Iterable[Frame], model: torch.nn.Module | None) -> None:
             )
 
 
-def _unique_parameters(frames: dict[str, Frame], model: torch.nn.Module | None) -> list[torch.nn.Parameter]:
+def _unique_parameters(frames: Iterable[Frame], model: torch.nn.Module | None) -> list[torch.nn.Parameter]:
     modules = [model] if model is not None else []
-    modules += [m for frame in frames.values() if frame.module is not None and (m := frame.module()) is not None]
+    modules += [m for frame in frames if frame.module is not None and (m := frame.module()) is not None]
     unique = {id(parameter): parameter for module in modules for parameter in module.parameters()}
     return [parameter for parameter in unique.values() if _numel(parameter)]
 
