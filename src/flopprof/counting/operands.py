@@ -10,6 +10,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from flopprof.profile import Kind
 
+_SEQUENCES = (list, tuple)
+
 # Copies of parameters die with the step that made them; their records are swept once this many are held.
 _SWEEP_AT = 1024
 
@@ -58,7 +60,7 @@ class Sources:
         """`result` was computed from `args`: where all of them are parameters or buffers, so is it."""
         known, sources = self.known, []
         for item in args:
-            for tensor in (item,) if isinstance(item, torch.Tensor) else item if isinstance(item, list | tuple) else ():
+            for tensor in (item,) if isinstance(item, torch.Tensor) else item if isinstance(item, _SEQUENCES) else ():
                 if not isinstance(tensor, torch.Tensor):
                     break
                 try:
@@ -70,7 +72,7 @@ class Sources:
                 sources.append(source)
         if sources:
             source = _merged(sources)
-            for item in result if isinstance(result, tuple | list) else (result,):
+            for item in result if isinstance(result, _SEQUENCES) else (result,):
                 if isinstance(item, torch.Tensor):
                     self._add(item, source)
 

@@ -45,8 +45,8 @@ class Entry:
     """One operator overload and its treatment."""
 
     __slots__ = (
-        "call", "complex_inside", "derives", "elementwise", "func", "kind", "makes_storage", "name", "per_out",
-        "positions", "product", "reason", "rule", "unit",
+        "call", "complex_inside", "derives", "elementwise", "func", "kind", "makes_storage", "may_scale", "name",
+        "per_out", "positions", "product", "reason", "rule", "unit",
     )  # fmt: skip
 
     def __init__(self, func: Any, name: str, kind: Kind) -> None:
@@ -61,6 +61,7 @@ class Entry:
         self.derives = name in _COPIES or name in _REFORMS
         self.complex_inside = name in _COMPLEX_INSIDE
         self.product = name == "aten::mul"
+        self.may_scale = name in ("aten::add", "aten::sub")  # 1 an element, unless alpha scales
         self.positions: tuple[int, ...] = (0, 1)
         self.makes_storage = not _is_view(func) and not name.startswith(("aten::empty", "aten::new_empty"))
         self.reason = ""

@@ -28,6 +28,7 @@ from flopprof.profile import Attention, Phase, Profile
 _node = torch._C._current_autograd_node
 _grad_enabled = torch.is_grad_enabled
 _Tensor = torch.Tensor
+_PLAIN = frozenset({int, float, bool, str, type(None)})
 _SEQUENCES = (list, tuple)  # `list | tuple` is a new object at each evaluation
 _FREE, _ELEMENTWISE, _COUNTED = Kind.FREE, Kind.ELEMENTWISE, Kind.COUNTED
 
@@ -162,6 +163,8 @@ class FlopCounter(TorchDispatchMode):
                     return out
             if entry.per_out and type(out) is _Tensor:
                 flops = entry.unit * out.numel()
+            elif entry.may_scale and not kwargs and len(args) == 2 and type(out) is _Tensor:
+                flops = out.numel()
             else:
                 flops = self._elementwise(entry, args, kwargs or {}, out)
             row = self._tally.elementwise.get((entry, frame, phase))
@@ -204,7 +207,9 @@ class FlopCounter(TorchDispatchMode):
         parameter = ""
         signature: list[Any] = []
         for item in (*args, *kwargs.values()) if kwargs else args:
-            if isinstance(item, _Tensor):
+            if type(item) in _PLAIN:
+                signature.append(None)
+            elif isinstance(item, _Tensor):
                 try:
                     source = known.get(item.untyped_storage()._cdata)
                 except (RuntimeError, NotImplementedError):  # sparse and functorch tensors have no storage
@@ -294,7 +299,7 @@ class FlopCounter(TorchDispatchMode):
             self._sources.settle()
         if frame.output_shape is None:
             frame.output_shape = first_shape(output)
-        if seen == self.seen and self.unseen.produced is None:
+        if seen == self.seen and self.unseen.produced is None and not _passed_through(inputs, output):
             made = storages(output)
             if made and not made <= storages(inputs) and made.isdisjoint(self._sources.known):
                 module = frame.module() if frame.module is not None else None
@@ -350,6 +355,19 @@ def _checked(cost: Any) -> int:
     if flops < 0:
         raise ValueError(f"{flops} FLOPs are less than none")
     return flops
+
+
+def _passed_through(inputs: Any, output: Any) -> bool:
+    """Is the output the first input, or a view of it? (Dropout in evaluation, Identity, Flatten.)"""
+    first = inputs[0][0] if inputs[0] else None
+    if first is output:
+        return True
+    if type(first) is not _Tensor or type(output) is not _Tensor:
+        return False
+    try:
+        return bool(first.untyped_storage()._cdata == output.untyped_storage()._cdata)
+    except (RuntimeError, NotImplementedError):  # sparse, nested, functorch: no storage to look at
+        return False
 
 
 def _wanted(node: Any) -> tuple[bool, ...] | None:

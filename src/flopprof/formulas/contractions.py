@@ -7,7 +7,7 @@ from typing import Any
 
 from flopprof.formulas.operand import Tensor, Wanted
 from flopprof.formulas.registry import formula, product
-from flopprof.formulas.sparse import layout_of, sparse_product
+from flopprof.formulas.sparse import any_sparse, layout_of, sparse_product
 
 
 def packing(tensor: Any) -> int:
@@ -15,13 +15,20 @@ def packing(tensor: Any) -> int:
     return 2 if str(getattr(tensor, "dtype", "")).endswith("_x2") else 1
 
 
-@formula("aten::mm", "aten::_int_mm", "quantized::matmul")
+@formula("aten::mm", "aten::_int_mm")
 def mm(a: Tensor, b: Tensor, *_: Any, out: Any, **__: Any) -> int:
     """(m, k) @ (k, n): 2 m k n."""
-    if layout_of(a) or layout_of(b):
+    if any_sparse(a, b):
         return sparse_product(a, b)
-    m, k = a.shape[-2:]
-    return 2 * product(a.shape[:-2]) * m * k * b.shape[-1]
+    m, k = a.shape
+    _k, n = b.shape
+    return 2 * m * k * n
+
+
+@formula("quantized::matmul")
+def quantized_matmul(a: Tensor, b: Tensor, *_: Any, out: Any) -> int:
+    """(..., m, k) @ (..., k, n): 2 m k n for each of the batch."""
+    return 2 * product(a.shape) * b.shape[-1]
 
 
 @formula("aten::addmm", "aten::_addmm_activation", "aten::_sparse_addmm", operands=(1, 2))
@@ -33,7 +40,7 @@ def addmm(addend: Any, a: Tensor, b: Tensor, *_: Any, out: Any, **__: Any) -> in
 @formula("aten::bmm")
 def bmm(a: Tensor, b: Tensor, *_: Any, out: Any, **__: Any) -> int:
     """(b, m, k) @ (b, k, n): 2 b m k n."""
-    if layout_of(a) or layout_of(b):
+    if any_sparse(a, b):
         return sparse_product(a, b)
     batch, m, k = a.shape
     *_batch, n = b.shape
@@ -70,7 +77,7 @@ def dot(a: Tensor, b: Tensor, *, out: Any, **_: Any) -> int:
 @formula("aten::matmul", "aten::linalg_matmul")
 def matmul(a: Tensor, b: Tensor, *, out: Any, **_: Any) -> int:
     """(..., m, k) @ (..., k, n), batches broadcast, vectors allowed: 2 k for every element of the result."""
-    if layout_of(a) or layout_of(b):
+    if any_sparse(a, b):
         return sparse_product(a, b)
     return 2 * product(out.shape) * a.shape[-1]
 

@@ -324,7 +324,7 @@ ELEMENTWISE: dict[str, Elementwise] = {
 def elementwise_flops(entry: Elementwise, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> int:
     """Elementwise FLOPs of one call. Raises LengthsUnknown where the count depends on values not carried."""
     if entry.cost_of is not None:
-        return entry.cost_of(*args, **{**kwargs, "out": out})
+        return entry.cost_of(*args, **{**kwargs, "out": out}) if kwargs else entry.cost_of(*args, out=out)
     if entry.per == "out":
         return entry.cost * _elements(out if isinstance(out, tuple) else (out,))
     return entry.cost * _elements(args)

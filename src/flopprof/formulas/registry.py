@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -88,7 +89,4 @@ def formula(
 
 def product(sizes: Any) -> int:
     """Product of sizes as an exact integer; 1 for none."""
-    result = 1
-    for size in sizes:
-        result *= size
-    return result
+    return math.prod(sizes)

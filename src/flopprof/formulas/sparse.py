@@ -26,6 +26,14 @@ def layout_of(tensor: Any) -> str:
     return kind
 
 
+def any_sparse(a: Any, b: Any) -> bool:
+    """Is one of the two sparse? Asked for every matrix product, where both are usually of one known layout."""
+    layout = getattr(a, "layout", None)
+    return bool(layout is not getattr(b, "layout", None) or _KINDS.get(layout) != "") and bool(
+        layout_of(a) or layout_of(b)
+    )
+
+
 def stored_elements(tensor: Any) -> int:
     """Elements that a sparse tensor stores; blocks count whole."""
     if str(tensor.device) == "meta":
