@@ -286,7 +286,10 @@ class FlopCounter(TorchDispatchMode):
 
     def uncounted(self, name: str, tensors: Any, reason: str = "") -> None:
         """Record a call that does arithmetic and has no count: never silently 0."""
-        frame, phase = self.where.now()
+        self._uncounted(name, *self.where.now(), tensors, reason)
+
+    def _uncounted(self, name: str, frame: Frame, phase: Phase, tensors: Any, reason: str) -> None:
+        self.seen += 1  # the modules above need not report it again
         self._tally.add_uncounted(name, frame, phase, tensors, reason)
 
     def assume(self, sentence: str) -> None:
@@ -304,7 +307,7 @@ class FlopCounter(TorchDispatchMode):
             if made and not made <= storages(inputs) and made.isdisjoint(self._sources.known):
                 module = frame.module() if frame.module is not None else None
                 if module is None or not made <= storages([dict(vars(part)) for part in module.modules()]):
-                    self.uncounted(frame.cls, inputs, OUTSIDE)
+                    self._uncounted(frame.cls, frame, self.where.now()[1], inputs, OUTSIDE)
 
 
 counter_types.add(FlopCounter)
