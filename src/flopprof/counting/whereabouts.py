@@ -118,7 +118,8 @@ class Whereabouts:
 
     def remember(self, parameter: str) -> None:
         """The operator that runs now multiplies this parameter, in the node made last."""
-        self._here().remember(_sequence() - 1, parameter)
+        timeline = self._timeline if self._pass is None else self._here()
+        timeline.remember(_sequence() - 1, parameter)
 
     def parameter(self) -> str:
         """The parameter that the forward of the running backward operator multiplied."""
