@@ -270,7 +270,7 @@ def test_model_arguments_that_are_none(text: str) -> None:
 
 
 # --- the whole program -----------------------------------------------------------------------------
-def test_help_imports_no_torch_and_is_quick() -> None:
+def test_help_imports_no_torch() -> None:
     probe = (
         "import sys, flopprof.cli.main as m\n"
         "sys.argv = ['flopprof', *{arguments}]\n"
@@ -281,12 +281,6 @@ def test_help_imports_no_torch_and_is_quick() -> None:
     for arguments in (["--help"], ["count", "--help"], ["--version"]):
         result = shell("-c", probe.format(arguments=arguments))
         assert result.returncode == 0, result.stderr
-    times = []
-    for _ in range(3):
-        start = time.perf_counter()
-        shell("-m", "flopprof", "--help")
-        times.append(time.perf_counter() - start)
-    assert min(times) < 0.6  # 0.2 s on an idle machine
 
 
 def test_help_names_every_option_with_its_unit_and_shows_examples() -> None:

@@ -48,6 +48,9 @@ WAIVED = {
     "aten::_thnn_fused_gru_cell_backward": "the gates, elementwise",
 }
 
+# torch.compile registers these when it is first imported, for graphs of its own: no counter runs inside those.
+COMPILER_ONLY = re.compile("prims::(inductor_.*|_low_memory_max_pool_.*|_unsafe_index_put|fma|prepare_softmax_online)")
+
 # Comparisons and selections are tagged pointwise too, and are free; so is clone.
 FREE_POINTWISE = FREE_GROUPS["comparisons, logic, bits, selection"] | {"aten::clone"}
 
@@ -66,7 +69,9 @@ def installed() -> dict[str, list[torch.FunctionSchema]]:
     """Schemas by base name, of every namespace."""
     table = defaultdict(list)
     for schema in torch._C._jit_get_all_schemas():
-        table[base_name(schema.name)].append(schema)
+        name = base_name(schema.name)
+        if not COMPILER_ONLY.fullmatch(name):
+            table[name].append(schema)
     return dict(table)
 
 
