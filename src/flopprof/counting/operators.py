@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 
-from flopprof.formulas import RULES, Rule, generation
+from flopprof.formulas import RULES
 from flopprof.formulas.elementwise import ELEMENTWISE, Elementwise
 from flopprof.formulas.free import FREE, FREE_NAMESPACES, UNCOUNTED
+from flopprof.formulas.registry import Formula, generation
 
 
 class Kind(IntEnum):
@@ -41,12 +42,16 @@ _COMPLEX_INSIDE = frozenset(
 )
 
 
+def _no_formula(*_: Any, **__: Any) -> int:
+    raise LookupError("this operator has no formula")
+
+
 class Entry:
     """One operator overload and its treatment."""
 
     __slots__ = (
-        "call", "complex_inside", "derives", "elementwise", "func", "kind", "makes_storage", "may_scale", "name",
-        "per_out", "positions", "product", "reason", "rule", "unit",
+        "call", "complex_inside", "derives", "elementwise", "formula", "func", "kind", "makes_storage", "may_scale",
+        "name", "per_out", "positions", "product", "reason", "unit", "wanted",
     )  # fmt: skip
 
     def __init__(self, func: Any, name: str, kind: Kind) -> None:
@@ -54,7 +59,8 @@ class Entry:
         self.name = name
         self.kind = kind
         self.call: Callable[..., Any] = getattr(func, "_op", func)
-        self.rule: Rule | None = None
+        self.formula: Formula = _no_formula
+        self.wanted = False
         self.elementwise: Elementwise | None = None
         self.unit = 0
         self.per_out = False
@@ -99,8 +105,8 @@ def learn(func: Any) -> Entry:
 def _classify(func: Any, name: str) -> Entry:
     if name in RULES:
         entry = Entry(func, name, Kind.COUNTED)
-        entry.rule = RULES[name]
-        entry.positions = entry.rule.operands
+        rule = RULES[name]
+        entry.formula, entry.positions, entry.wanted = rule.formula, rule.operands, rule.wanted
     elif isinstance(func, torch._ops.HigherOrderOperator):
         entry = Entry(func, name, Kind.HIGHER_ORDER)
         entry.positions = (0, 1, 2)  # query, key, value of flex_attention: no other is counted by its arguments

@@ -17,7 +17,7 @@ from flopprof.counting.attribution import Frame, Names
 from flopprof.counting.instrument import active, counter_types, installed
 from flopprof.counting.operands import Sources
 from flopprof.counting.operators import PRODUCT_NODES, Entry, Kind, entries, learn
-from flopprof.counting.tally import Tally, first_shape
+from flopprof.counting.tally import BATCH, Tally, device_of, first_shape
 from flopprof.counting.unseen import OUTSIDE, Unseen, storages
 from flopprof.counting.whereabouts import Whereabouts
 from flopprof.formulas import Cost, LengthsUnknown
@@ -28,8 +28,7 @@ from flopprof.profile import Attention, Phase, Profile
 _node = torch._C._current_autograd_node
 _grad_enabled = torch.is_grad_enabled
 _Tensor = torch.Tensor
-_PLAIN = frozenset({int, float, bool, str, type(None)})
-_SEQUENCES = (list, tuple)  # `list | tuple` is a new object at each evaluation
+_SEQUENCES = (list, tuple)
 _FREE, _ELEMENTWISE, _COUNTED = Kind.FREE, Kind.ELEMENTWISE, Kind.COUNTED
 
 
@@ -167,12 +166,10 @@ class FlopCounter(TorchDispatchMode):
                 flops = out.numel()
             else:
                 flops = self._elementwise(entry, args, kwargs or {}, out)
-            row = self._tally.elementwise.get((entry, frame, phase))
-            if row is None:
-                self._tally.elementwise[entry, frame, phase] = [1, flops]
-            else:
-                row[0] += 1
-                row[1] += flops
+            log = self._tally.elementwise_log
+            log.append((entry, frame, phase, flops))
+            if len(log) > BATCH:
+                self._tally.flush()
         elif kind is _COUNTED:
             self.seen += 1
             try:
@@ -182,18 +179,18 @@ class FlopCounter(TorchDispatchMode):
             if entry.complex_inside and args[0].is_complex():
                 return opaque.run(self, entry, args, kwargs or {})
             out = entry.call(*args, **kwargs) if kwargs else entry.call(*args)
-            node = _node()
-            cost = self._cost(entry, args, kwargs or {}, out, node)
+            cost = self._cost(entry, args, kwargs, out)
             if cost is not None:
+                node = _node()
                 if node is None:
                     frame = self.where.frame
                     phase = "optimizer" if self.where.steps and self.where.stepping() else "forward"
                 else:
                     frame, phase = self.where.backward(node)
-                if isinstance(cost, Cost):
-                    self.charge(entry, frame, phase, signature, out, cost)
-                else:
+                if type(cost) is int:
                     self._count(entry, frame, phase, signature, out, cost)
+                else:
+                    self.charge(entry, frame, phase, signature, out, cost)
         else:
             self.seen += 1
             out = opaque.run(self, entry, args, kwargs or {})
@@ -201,30 +198,37 @@ class FlopCounter(TorchDispatchMode):
             self.unseen.saw(out)
         return out
 
-    def signature(self, entry: Entry, args: Any, kwargs: Any) -> tuple[str, tuple[Any, ...]]:
-        """The parameter multiplied, and per argument (shape, dtype, gradient wanted, source), or these of a list."""
+    def signature(self, entry: Entry, args: Any, kwargs: Any) -> tuple[str, bool, tuple[Any, ...]]:
+        """The parameter multiplied; whether a factor wants a gradient; and of each tensor five things, in one row.
+
+        These are: position of its argument, shape, dtype, gradient wanted, source.
+        """
         known, positions = self._sources.known, entry.positions
-        parameter = ""
+        graded = _grad_enabled()
+        parameter, wanted, wants = "", False, False
         signature: list[Any] = []
+        position = -1
         for item in (*args, *kwargs.values()) if kwargs else args:
-            if type(item) in _PLAIN:
-                signature.append(None)
-            elif isinstance(item, _Tensor):
+            position += 1
+            if isinstance(item, _Tensor):
+                tensors: Any = (item,)
+            elif type(item) in _SEQUENCES and item and isinstance(item[0], _Tensor):
+                tensors = [tensor for tensor in item if tensor is not None]
+            else:
+                continue
+            for tensor in tensors:
                 try:
-                    source = known.get(item.untyped_storage()._cdata)
+                    source = known.get(tensor.untyped_storage()._cdata)
                 except (RuntimeError, NotImplementedError):  # sparse and functorch tensors have no storage
                     source = None
-                if source is not None and not parameter and source.kind == "parameter" and len(signature) in positions:
+                if graded:
+                    wants = tensor.requires_grad
+                    if wants and position in positions:
+                        wanted = True
+                if source is not None and not parameter and position in positions and source.kind == "parameter":
                     parameter = source.name
-                signature.append((item.shape, item.dtype, item.requires_grad, source))
-            elif isinstance(item, _SEQUENCES) and item and isinstance(item[0], _Tensor):
-                inner, described = self.signature(entry, item, None)
-                if inner and not parameter and len(signature) in entry.positions:
-                    parameter = inner
-                signature.append(described)
-            else:
-                signature.append(None)
-        return parameter, tuple(signature)
+                signature += (position, tensor.shape, tensor.dtype, wants, source)
+        return parameter, wanted, tuple(signature)
 
     def _elementwise(self, entry: Entry, args: Any, kwargs: Any, out: Any) -> int:
         assert entry.elementwise is not None
@@ -234,15 +238,16 @@ class FlopCounter(TorchDispatchMode):
             self.uncounted(entry.name, args, f"its elementwise cost is not known: {error}")
             return 0
 
-    def _cost(self, entry: Entry, args: Any, kwargs: Any, out: Any, node: Any) -> int | Cost | None:
-        rule = entry.rule
-        assert rule is not None
-        if "out" in kwargs:  # the caller's own result tensor: it is `out` already
-            kwargs = {name: value for name, value in kwargs.items() if name != "out"}
+    def _cost(self, entry: Entry, args: Any, kwargs: Any, out: Any) -> int | Cost | None:
         try:
-            if rule.wanted:
-                kwargs = {**kwargs, "wanted": _wanted(node)}
-            cost = rule.formula(*args, **kwargs, out=out)
+            if not kwargs and not entry.wanted:
+                cost = entry.formula(*args, out=out)
+            else:
+                # A result tensor that the caller passed is `out` already.
+                named = {**(kwargs or {}), "out": out}
+                if entry.wanted:
+                    named["wanted"] = _wanted(_node())
+                cost = entry.formula(*args, **named)
             return cost if (type(cost) is int and cost >= 0) or type(cost) is Cost else _checked(cost)
         except LengthsUnknown as unknown:
             self.uncounted(entry.name, args, str(unknown))
@@ -260,7 +265,7 @@ class FlopCounter(TorchDispatchMode):
     def _count(
         self, entry: Entry, frame: Frame, phase: Phase, signed: Any, out: Any, flops: int, cost: Cost | None = None
     ) -> None:
-        parameter, signature = signed
+        parameter, wanted, signature = signed
         causal, known = flops, False
         if cost is not None:
             known = cost.mask_known
@@ -269,20 +274,19 @@ class FlopCounter(TorchDispatchMode):
         elif frame.visible is not None:  # unfused attention: its products do not know the mask that its caller gave
             known = True
             causal = flops * frame.visible[0] // frame.visible[1]
-        graded = _grad_enabled()
-        if not parameter and phase in ("backward", "recompute"):
+        if not parameter and (phase == "backward" or phase == "recompute"):  # noqa: PLR1714 - a set costs more
             parameter = self.where.parameter()
-        self.counted_calls += 1
-        key = (entry, frame, phase, graded, parameter, signature, _outputs(out))
-        row = self._tally.counted.get(key)
-        if row is None:
-            row = self._tally.new_row(key, known, out)
-        if row[5]:
+        if wanted and parameter:
             self.where.remember(parameter)
-        scale = row[4]
-        row[0] += 1
-        row[1] += scale * flops
-        row[2] += scale * causal
+        self.counted_calls += 1
+        tally = self._tally
+        outputs = (out.shape, out.dtype) if type(out) is _Tensor else _outputs(out)
+        log = tally.counted_log
+        log.append((entry, frame, phase, parameter, signature, outputs, flops, causal, known))
+        if len(log) > BATCH:
+            tally.flush()
+        if tally.device is None:
+            tally.device = device_of(out)
 
     def uncounted(self, name: str, tensors: Any, reason: str = "") -> None:
         """Record a call that does arithmetic and has no count: never silently 0."""
@@ -381,7 +385,7 @@ def _wanted(node: Any) -> tuple[bool, ...] | None:
 
 def _outputs(out: Any) -> tuple[Any, ...]:
     if isinstance(out, _Tensor):
-        return ((out.shape, out.dtype),)
+        return (out.shape, out.dtype)
     if isinstance(out, _SEQUENCES):
-        return tuple((item.shape, item.dtype) for item in out if isinstance(item, _Tensor))
+        return tuple(fact for item in out if isinstance(item, _Tensor) for fact in (item.shape, item.dtype))
     return ()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterable
 from dataclasses import fields, is_dataclass
 from typing import Any
@@ -27,30 +28,32 @@ from flopprof.profile import (
 _ACTIVATION = Source("activation", "")
 
 
+# Calls are noted as they come and added up in batches: adding up touches memory that the kernels just evicted.
+BATCH = 256
+
+
 class Tally:
-    """Rows keyed by everything that distinguishes them; their number does not grow with repeated steps."""
+    """Calls by everything that distinguishes them; their number does not grow with repeated steps."""
 
     def __init__(self) -> None:
-        # key -> [calls, flops, causal flops, mask known, scale: 4 where a multiply-add is complex,
-        #         1 where a backward may come and will want to know the parameter]
-        self.counted: dict[Any, list[int]] = {}
-        # key -> [calls, flops]
-        self.elementwise: dict[tuple[Entry, Frame, Phase], list[int]] = {}
+        # (entry, frame, phase, parameter, operands, outputs, flops, causal flops, mask known) -> calls
+        self.counted: Counter[Any] = Counter()
+        # (entry, frame, phase, flops) -> calls
+        self.elementwise: Counter[tuple[Entry, Frame, Phase, int]] = Counter()
+        # Calls noted since the last flush: the keys above.
+        self.counted_log: list[Any] = []
+        self.elementwise_log: list[Any] = []
         self.uncounted: dict[tuple[str, Frame, Phase, Any, str], int] = {}
         self.assumptions: dict[str, None] = {}
         self.device: str | None = None
         self._sizes = (0, 0)  # parameters, trainable ones
 
-    def new_row(self, key: Any, mask_known: bool, out: Any) -> list[int]:
-        """The row of a key that was not seen before."""
-        entry, _frame, _phase, graded, parameter, signature, _outputs = key
-        multiplied = [item for position in entry.positions for item in described(signature, position)]
-        complex_product = bool(multiplied) and all(dtype.is_complex for _shape, dtype, _wants, _source in multiplied)
-        differentiable = graded and bool(parameter) and any(wants for _shape, _dtype, wants, _source in multiplied)
-        row = self.counted[key] = [0, 0, 0, int(mask_known), 4 if complex_product else 1, int(differentiable)]
-        if self.device is None and (tensors := [leaf for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor)]):
-            self.device = tensors[0].device.type
-        return row
+    def flush(self) -> None:
+        """Add up what was noted since the last time."""
+        self.counted.update(self.counted_log)
+        self.elementwise.update(self.elementwise_log)
+        self.counted_log.clear()
+        self.elementwise_log.clear()
 
     def add_uncounted(self, name: str, frame: Frame, phase: Phase, tensors: Any, reason: str) -> None:
         """One more call of an operator without a count."""
@@ -71,14 +74,12 @@ class Tally:
         """Everything so far, names resolved."""
         ordered = _in_order(frames, model)
         self.measure(ordered, model)
-        rows = tuple(_operator_row(key, counts, attention) for key, counts in self.counted.items())
+        self.flush()
+        rows = tuple(_operator_row(key, calls, attention) for key, calls in self.counted.items())
         return Profile(
             modules=tuple(_module_row(frame) for frame in ordered),
             operators=rows,
-            elementwise=tuple(
-                ElementwiseRow(op=entry.name, fqn=frame.fqn, phase=phase, calls=calls, flops=flops)
-                for (entry, frame, phase), (calls, flops) in self.elementwise.items()
-            ),
+            elementwise=_elementwise_rows(self.elementwise),
             uncounted_rows=tuple(
                 UncountedRow(op=op, fqn=frame.fqn, phase=phase, calls=calls, shapes=shapes, reason=reason)
                 for (op, frame, phase, shapes, reason), calls in self.uncounted.items()
@@ -92,46 +93,48 @@ class Tally:
         )
 
 
-def described(signature: Any, position: int) -> list[Any]:
-    """(shape, dtype, gradient wanted, source) of each tensor in one argument of a call."""
-    item = signature[position] if position < len(signature) else None
-    if item is None:
-        return []
-    return [item] if isinstance(item[0], torch.Size) else [inner for inner in item if inner is not None]
-
-
-def _operator_row(key: Any, counts: list[int], attention: Attention) -> OperatorRow:
-    entry, frame, phase, graded, site, signature, outputs = key
-    calls, flops, causal, known, _scale, _differentiable = counts
+def _operator_row(key: Any, calls: int, attention: Attention) -> OperatorRow:
+    entry, frame, phase, parameter, signature, outputs, flops, causal, known = key
     operands, moved, multiplied = [], 0, []
-    for position in range(len(signature)):
-        for shape, dtype, wants, source in described(signature, position):
-            kind, name = source or _ACTIVATION
-            operands.append(
-                Operand(
-                    shape=tuple(shape), dtype=dtype_name(dtype), kind=kind, name=name, requires_grad=wants and graded
-                )
-            )
-            moved += _size(shape) * dtype.itemsize
-            if position in entry.positions:
-                multiplied.append((dtype, source))
-    for shape, dtype in outputs:
+    for position, shape, dtype, wants, source in zip(*[iter(signature)] * 5, strict=True):
+        kind, name = source or _ACTIVATION
+        operands.append(
+            Operand(shape=tuple(shape), dtype=dtype_name(dtype), kind=kind, name=name, requires_grad=wants)
+        )
         moved += _size(shape) * dtype.itemsize
-    parameter = next((source.name for _dtype, source in multiplied if source and source.kind == "parameter"), "")
+        if position in entry.positions:
+            multiplied.append((dtype, source))
+    shapes = outputs[::2]
+    for shape, dtype in zip(shapes, outputs[1::2], strict=True):
+        moved += _size(shape) * dtype.itemsize
+    # A complex multiply-add is four real multiplications and four real additions.
+    each = 4 if multiplied and all(dtype.is_complex for dtype, _source in multiplied) else 1
+    flops, causal = calls * each * flops, calls * each * causal
     return OperatorRow(
         op=entry.name,
         fqn=frame.fqn,
         phase=phase,
         dtype=dtype_name(multiplied[0][0]) if multiplied else "",
         operands=tuple(operands),
-        outputs=tuple(tuple(shape) for shape, _dtype in outputs),
+        outputs=tuple(tuple(shape) for shape in shapes),
         calls=calls,
         flops=causal if attention == "causal" else flops,
         flops_full=flops,
         flops_causal=causal,
-        mask_known=bool(known),
+        mask_known=known,
         bytes=calls * moved,
-        parameter=parameter or site,
+        parameter=parameter,
+    )
+
+
+def _elementwise_rows(counter: Counter[tuple[Entry, Frame, Phase, int]]) -> tuple[ElementwiseRow, ...]:
+    sums: dict[tuple[str, str, Phase], tuple[int, int]] = {}
+    for (entry, frame, phase, flops), calls in counter.items():
+        before = sums.get((entry.name, frame.fqn, phase), (0, 0))
+        sums[entry.name, frame.fqn, phase] = before[0] + calls, before[1] + calls * flops
+    return tuple(
+        ElementwiseRow(op=op, fqn=fqn, phase=phase, calls=calls, flops=flops)
+        for (op, fqn, phase), (calls, flops) in sums.items()
     )
 
 
@@ -141,6 +144,11 @@ def _shapes(tree: Any) -> tuple[tuple[int, ...], ...]:
         if isinstance(leaf, torch.Tensor) and not leaf.is_nested:
             shapes.append(tuple(leaf.shape))
     return tuple(shapes)
+
+
+def device_of(out: Any) -> str | None:
+    """Device type of the first tensor in a result."""
+    return next((leaf.device.type for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor)), None)
 
 
 def first_shape(output: Any) -> tuple[int, ...] | None:
