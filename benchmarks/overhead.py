@@ -1,6 +1,6 @@
 """What counting costs: a training step bare, under an empty dispatch mode, under FlopCounter, under FlopCounterMode.
 
-    python benchmarks/overhead.py [--rounds 200] [--seed 0]
+    python benchmarks/overhead.py [--rounds 40] [--seed 0]
 
 The four run interleaved in one process, in random order each round; ratios of medians are printed, because
 absolute times depend on the machine. Goal: FlopCounter at most 1.2x of the empty mode.
@@ -96,8 +96,9 @@ def measure(step: Callable[[], None], model: torch.nn.Module, rounds: int) -> di
     for _ in range(rounds):
         for name in random.sample(list(variants), len(variants)):
             with variants[name]():
-                step()  # the first step under a new mode is not timed
-                for _ in range(3):
+                for _ in range(2):
+                    step()  # the first steps under a new mode are not timed
+                for _ in range(10):
                     start = time.perf_counter()
                     step()
                     times[name].append(time.perf_counter() - start)
@@ -107,7 +108,7 @@ def measure(step: Callable[[], None], model: torch.nn.Module, rounds: int) -> di
 def main() -> None:
     """Print the ratios for a small transformer and a small CNN."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=100, help="rounds of 3 timed steps per variant (default 100)")
+    parser.add_argument("--rounds", type=int, default=40, help="rounds of 10 timed steps per variant (default 40)")
     parser.add_argument("--seed", type=int, default=0, help="order of the variants (default 0)")
     options = parser.parse_args()
     random.seed(options.seed)
@@ -118,7 +119,7 @@ def main() -> None:
         ("CNN", cnn(), torch.randn(4, 3, 32, 32)),
     ):
         medians = measure(training_step(model, batch), model, options.rounds)
-        print(f"{name}: training step, medians of {3 * options.rounds}")
+        print(f"{name}: training step, medians of {10 * options.rounds}")
         for variant, seconds in medians.items():
             print(
                 f"  {variant:<16}{1e3 * seconds:8.3f} ms {seconds / medians['bare']:7.2f}x bare"

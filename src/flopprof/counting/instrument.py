@@ -39,23 +39,14 @@ def active() -> list[Any]:
     return [mode for mode in modes if type(mode) in counter_types]
 
 
-def _top() -> list[Any]:
-    # One counter alone on the stack is the usual case, and this runs at every module call.
-    if _stack_size() == 1:
-        mode = _stack_at(0)
-        return [mode] if type(mode) in counter_types else []
-    return active()
-
-
 _original_call: Callable[..., Any] = torch.nn.Module._call_impl
 
 
 def _module_call(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
-    if torch.compiler.is_compiling() or not _stack_size():
+    if torch.compiler.is_compiling() or not _stack_size():  # in this order: a compiler folds the first away
         return _original_call(self, *args, **kwargs)
-    counters = _top()
-    if len(counters) == 1:
-        counter = counters[0]
+    counter = _stack_at(0)
+    if _stack_size() == 1 and type(counter) in counter_types:  # as it usually is, and this runs at every module call
         call = counter.where.enter(self)
         seen = counter.seen
         try:
@@ -64,6 +55,7 @@ def _module_call(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
             counter.where.leave(call)
         counter.returned(call[2], seen, (args, kwargs), output)
         return output
+    counters = active()
     calls = [(counter, counter.where.enter(self), counter.seen) for counter in counters]
     try:
         output = _original_call(self, *args, **kwargs)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from enum import IntEnum
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -51,7 +53,7 @@ class Entry:
 
     __slots__ = (
         "call", "complex_inside", "derives", "elementwise", "formula", "func", "kind", "makes_storage", "may_scale",
-        "name", "per_out", "positions", "product", "reason", "unit", "wanted",
+        "name", "needs", "per_out", "pick", "positions", "product", "reason", "silent", "tensors", "unit", "wanted",
     )  # fmt: skip
 
     def __init__(self, func: Any, name: str, kind: Kind) -> None:
@@ -69,7 +71,14 @@ class Entry:
         self.product = name == "aten::mul"
         self.may_scale = name in ("aten::add", "aten::sub")  # 1 an element, unless alpha scales
         self.positions: tuple[int, ...] = (0, 1)
+        # Where the tensors are among the arguments, and what takes them out of at least so many.
+        self.tensors = _tensor_positions(func)
+        self.needs = max(self.tensors, default=-1) + 1
+        self.pick: Callable[[Any], Any] = itemgetter(*self.tensors) if len(self.tensors) > 1 else tuple
+        if len(self.tensors) < 2:
+            self.needs = sys.maxsize
         self.makes_storage = not _is_view(func) and not name.startswith(("aten::empty", "aten::new_empty"))
+        self.silent = kind is Kind.FREE and not self.makes_storage
         self.reason = ""
 
 
@@ -146,6 +155,13 @@ def _has_kernel(func: Any, key: str) -> bool:
 def is_composite(func: Any) -> bool:
     """Is the operator written in terms of other operators?"""
     return _has_kernel(func, "CompositeImplicitAutograd") or _has_kernel(func, "CompositeExplicitAutograd")
+
+
+def _tensor_positions(func: Any) -> tuple[int, ...]:
+    schema = getattr(func, "_schema", None)
+    if schema is None:
+        return (0, 1, 2)  # a higher-order operator: only attention is counted by its arguments
+    return tuple(i for i, item in enumerate(schema.arguments) if not item.kwarg_only and "Tensor" in str(item.type))
 
 
 def _has_tensor(func: Any) -> bool:

@@ -139,15 +139,15 @@ class FlopCounter(TorchDispatchMode):
         if types and _foreign(types):
             return NotImplemented
         entry = self._entries.get(id(func)) or learn(func)
+        if entry.silent:
+            return entry.call(*args, **kwargs) if kwargs else entry.call(*args)
         kind = entry.kind
+        self.seen += 1
         if kind is _FREE:
             out = entry.call(*args, **kwargs) if kwargs else entry.call(*args)
-            if entry.makes_storage:
-                self.seen += 1
-                if entry.derives:
-                    self._sources.derive(args, out)
+            if entry.derives:
+                self._sources.derive(args, out)
         elif kind is _ELEMENTWISE:
-            self.seen += 1
             out = entry.call(*args, **kwargs) if kwargs else entry.call(*args)
             node = _node()
             if node is None:
@@ -171,7 +171,6 @@ class FlopCounter(TorchDispatchMode):
             if len(log) > BATCH:
                 self._tally.flush()
         elif kind is _COUNTED:
-            self.seen += 1
             try:
                 signature = self.signature(entry, args, kwargs)
             except RuntimeError:  # a strided nested tensor has no shape: look inside its kernel
@@ -192,7 +191,6 @@ class FlopCounter(TorchDispatchMode):
                 else:
                     self.charge(entry, frame, phase, signature, out, cost)
         else:
-            self.seen += 1
             out = opaque.run(self, entry, args, kwargs or {})
         if self.unseen.produced is not None and entry.makes_storage:
             self.unseen.saw(out)
@@ -207,9 +205,11 @@ class FlopCounter(TorchDispatchMode):
         graded = _grad_enabled()
         parameter, wanted, wants = "", False, False
         signature: list[Any] = []
-        position = -1
-        for item in (*args, *kwargs.values()) if kwargs else args:
-            position += 1
+        if kwargs:
+            given: Any = enumerate((*args, *kwargs.values()))
+        else:
+            given = zip(entry.tensors, entry.pick(args), strict=True) if len(args) >= entry.needs else enumerate(args)
+        for position, item in given:
             if isinstance(item, _Tensor):
                 tensors: Any = (item,)
             elif type(item) in _SEQUENCES and item and isinstance(item[0], _Tensor):

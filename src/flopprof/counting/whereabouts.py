@@ -44,6 +44,7 @@ class Whereabouts:
     def __init__(self, names: Names) -> None:
         self.names = names
         self.frame = names.root
+        self._depth = 0
         self.steps: list[FrameType] = []  # optimizer steps under way, by the Python frame that runs each
         self._timelines = {threading.get_ident(): Timeline(names.root)}
         self._timeline = self._timelines[threading.get_ident()]
@@ -142,7 +143,11 @@ class Whereabouts:
                 parent, phase = self.backward(node)
                 replayed = int(phase == "recompute")
         if module is not None:
-            frame = self.names.enter(parent, module)
+            known = parent.children.get(id(module))
+            if known is not None and known.module is not None and known.module() is module:
+                frame = known
+            else:
+                frame = self.names.enter(parent, module)
         else:
             frame = self.names.region(parent, region) if visible is None else self.names.masked(parent, visible)
         if not replays and (frame.module is None or frame.module() is module):
@@ -199,9 +204,20 @@ class Whereabouts:
 
     def stepping(self) -> bool:
         """Is an optimizer's step running? torch tells of no step that raised: its frame has then left the stack."""
-        while self.steps and not _running(self.steps[-1]):
+        while self.steps:
+            # A step's operators mostly run at one depth, and the interpreter finds a frame by depth without walking.
+            step = self.steps[-1]
+            try:
+                if sys._getframe(self._depth) is step:
+                    return True
+            except ValueError:  # the stack is not that deep
+                pass
+            depth = _depth(step)
+            if depth:
+                self._depth = depth
+                return True
             self.steps.pop()
-        return bool(self.steps)
+        return False
 
     def leave_step(self, step: FrameType) -> None:
         """The optimizer's step that this frame runs is over, and so are those inside it."""
@@ -209,10 +225,11 @@ class Whereabouts:
             del self.steps[self.steps.index(step) :]
 
 
-def _running(frame: FrameType) -> bool:
-    current: FrameType | None = sys._getframe()
-    while current is not None:
-        if current is frame:
-            return True
-        current = current.f_back
-    return False
+def _depth(step: FrameType) -> int:
+    """How many frames above the caller's `step` is; 0 where it is not on the stack."""
+    depth, frame = 0, sys._getframe(1)
+    while frame.f_back is not None:
+        depth, frame = depth + 1, frame.f_back
+        if frame is step:
+            return depth
+    return 0
