@@ -1,6 +1,6 @@
 """How long `flopprof --help` takes, which must not import torch: median of whole processes.
 
-    python benchmarks/startup.py [--runs 10]
+python benchmarks/startup.py [--runs 10]
 """
 
 from __future__ import annotations

@@ -80,11 +80,13 @@ AGREE = {
     "attention": (lambda: attend(x(1, 2, 8, 4, grad=True)), 7 * 2 * 8 * 8 * 4 * 2),
     # forward, its replay, and a backward without the input's gradient: 512 each product
     "checkpoint": (
-        lambda: lambda: checkpoint(
-            nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)), x(4, 8), use_reentrant=False
-        )
-        .sum()
-        .backward(),
+        lambda: (
+            lambda: (
+                checkpoint(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)), x(4, 8), use_reentrant=False)
+                .sum()
+                .backward()
+            )
+        ),
         (2 + 1 + 3) * 2 * 4 * 8 * 8,
     ),
 }

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from conservation import conserved
 from torch.utils._pytree import tree_leaves, tree_map_only
-from zoo import ZOO
 
+from conservation import conserved
 from flopprof import FlopCounter, count
 from flopprof.profile import Profile
+from zoo import ZOO
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # what other libraries warn of is theirs
 

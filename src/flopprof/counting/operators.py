@@ -52,8 +52,8 @@ class Entry:
     """One operator overload and its treatment."""
 
     __slots__ = (
-        "call", "complex_inside", "derives", "elementwise", "formula", "func", "kind", "makes_storage", "may_scale",
-        "name", "needs", "per_out", "pick", "positions", "product", "reason", "silent", "tensors", "unit", "wanted",
+        "call", "complex_inside", "derives", "elementwise", "formula", "func", "kind", "makes_storage", "name",
+        "needs", "per_in", "per_out", "pick", "positions", "product", "reason", "silent", "tensors", "unit", "wanted",
     )  # fmt: skip
 
     def __init__(self, func: Any, name: str, kind: Kind) -> None:
@@ -65,11 +65,10 @@ class Entry:
         self.wanted = False
         self.elementwise: Elementwise | None = None
         self.unit = 0
-        self.per_out = False
+        self.per_out = self.per_in = False
         self.derives = name in _COPIES or name in _REFORMS
         self.complex_inside = name in _COMPLEX_INSIDE
         self.product = name == "aten::mul"
-        self.may_scale = name in ("aten::add", "aten::sub")  # 1 an element, unless alpha scales
         self.positions: tuple[int, ...] = (0, 1)
         # Where the tensors are among the arguments, and what takes them out of at least so many.
         self.tensors = _tensor_positions(func)
@@ -125,6 +124,7 @@ def _classify(func: Any, name: str) -> Entry:
         entry.elementwise = cost
         entry.unit = cost.cost
         entry.per_out = cost.per == "out" and cost.cost_of is None
+        entry.per_in = cost.per == "in" and cost.cost_of is None and 0 in entry.tensors
     elif name in FREE or name.partition("::")[0] in FREE_NAMESPACES or not _has_tensor(func):
         entry = Entry(func, name, Kind.FREE)
     elif name in UNCOUNTED:

@@ -162,8 +162,8 @@ class FlopCounter(TorchDispatchMode):
                     return out
             if entry.per_out and type(out) is _Tensor:
                 flops = entry.unit * out.numel()
-            elif entry.may_scale and not kwargs and len(args) == 2 and type(out) is _Tensor:
-                flops = out.numel()
+            elif entry.per_in and args and isinstance(args[0], _Tensor):
+                flops = entry.unit * args[0].numel()
             else:
                 flops = self._elementwise(entry, args, kwargs or {}, out)
             log = self._tally.elementwise_log
@@ -186,10 +186,10 @@ class FlopCounter(TorchDispatchMode):
                     phase = "optimizer" if self.where.steps and self.where.stepping() else "forward"
                 else:
                     frame, phase = self.where.backward(node)
-                if type(cost) is int:
-                    self._count(entry, frame, phase, signature, out, cost)
-                else:
+                if isinstance(cost, Cost):
                     self.charge(entry, frame, phase, signature, out, cost)
+                else:
+                    self._count(entry, frame, phase, signature, out, cost)
         else:
             out = opaque.run(self, entry, args, kwargs or {})
         if self.unseen.produced is not None and entry.makes_storage:
@@ -233,6 +233,9 @@ class FlopCounter(TorchDispatchMode):
     def _elementwise(self, entry: Entry, args: Any, kwargs: Any, out: Any) -> int:
         assert entry.elementwise is not None
         try:
+            cost_of = entry.elementwise.cost_of
+            if cost_of is not None and "out" not in kwargs:
+                return cost_of(*args, out=out, **kwargs)
             return elementwise_flops(entry.elementwise, args, kwargs, out)
         except Exception as error:  # as in _cost
             self.uncounted(entry.name, args, f"its elementwise cost is not known: {error}")

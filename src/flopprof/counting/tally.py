@@ -98,9 +98,7 @@ def _operator_row(key: Any, calls: int, attention: Attention) -> OperatorRow:
     operands, moved, multiplied = [], 0, []
     for position, shape, dtype, wants, source in zip(*[iter(signature)] * 5, strict=True):
         kind, name = source or _ACTIVATION
-        operands.append(
-            Operand(shape=tuple(shape), dtype=dtype_name(dtype), kind=kind, name=name, requires_grad=wants)
-        )
+        operands.append(Operand(shape=tuple(shape), dtype=dtype_name(dtype), kind=kind, name=name, requires_grad=wants))
         moved += _size(shape) * dtype.itemsize
         if position in entry.positions:
             multiplied.append((dtype, source))
