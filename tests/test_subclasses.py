@@ -207,3 +207,13 @@ def test_deformable_convolution_is_a_convolution(device: str) -> None:
     profile = counted(lambda: ops.deform_conv2d(*tensors, padding=1).sum().backward())
     forward = 2 * 2 * 8 * 8 * 6 * 4 * 9
     assert profile.by_phase() == {"forward": forward, "backward": 2 * forward, "recompute": 0, "optimizer": 0}
+
+
+def test_packed_weights_are_parameters_too() -> None:
+    model = torch.ao.quantization.quantize_dynamic(nn.Sequential(nn.Linear(4, 5), nn.ReLU()), {nn.Linear})
+    with FlopCounter(model) as counter:
+        model(torch.randn(3, 4))
+    profile = counter.profile
+    assert profile.n_params == 4 * 5 + 5
+    assert {row.fqn: row.parameters for row in profile.modules} == {"": 25, "0": 25, "1": 0}
+    assert profile.by_operator() == {"quantized::linear_dynamic": 2 * 3 * 4 * 5}

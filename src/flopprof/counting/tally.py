@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -65,8 +65,9 @@ class Tally:
         _measure(frames, model)
         parameters = _unique_parameters(frames, model)
         count = sum(parameter.numel() for parameter in parameters)
-        if count >= self._sizes[0]:
-            self._sizes = count, sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
+        packed = sum(_packed(module) for module in {id(m): m for m in _modules(frames, model)}.values())
+        if count + packed >= self._sizes[0]:
+            self._sizes = count + packed, sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
 
     def profile(
         self, frames: dict[str, Frame], model: torch.nn.Module | None, attention: Attention = "full"
@@ -205,16 +206,31 @@ def _measure(frames: Iterable[Frame], model: torch.nn.Module | None) -> None:
             module = unwrap(model)
         if module is not None:
             frame.parameters = (
-                sum(_numel(parameter) for parameter in module.parameters()),
-                sum(_numel(p) for p in {id(p): p for p in module._parameters.values() if p is not None}.values()),
+                sum(map(_numel, module.parameters())) + sum(map(_packed, module.modules())),
+                _packed(module) + sum(_numel(p) for p in {id(p): p for p in module._parameters.values() if p is not None}.values()),
             )
 
 
+def _modules(frames: Iterable[Frame], model: torch.nn.Module | None) -> Iterator[torch.nn.Module]:
+    if model is not None:
+        yield from model.modules()
+    for frame in frames:
+        if frame.module is not None and (module := frame.module()) is not None:
+            yield from module.modules()
+
+
 def _unique_parameters(frames: Iterable[Frame], model: torch.nn.Module | None) -> list[torch.nn.Parameter]:
-    modules = [model] if model is not None else []
-    modules += [m for frame in frames if frame.module is not None and (m := frame.module()) is not None]
-    unique = {id(parameter): parameter for module in modules for parameter in module.parameters()}
+    unique = {id(p): p for module in _modules(frames, model) for p in module._parameters.values() if p is not None}
     return [parameter for parameter in unique.values() if _numel(parameter)]
+
+
+def _packed(module: torch.nn.Module) -> int:
+    """Elements of the weight and bias that a quantised module of torch's own keeps packed, as no Parameter."""
+    if not type(module).__module__.startswith("torch.ao.nn."):
+        return 0
+    with torch._C._DisableTorchDispatch():  # unpacking is no part of what is counted
+        values = [value() for name in ("weight", "bias") if callable(value := getattr(module, name, None))]
+    return sum(value.numel() for value in values if isinstance(value, torch.Tensor))
 
 
 def _numel(parameter: torch.nn.Parameter) -> int:
