@@ -1,5 +1,6 @@
 """Cases of layers: normalisation, pooling, interpolation, losses, scattered additions, cells, device kernels."""
 
+# Longer than 400 lines: one table of cases, with the models that its rows name.
 from __future__ import annotations
 
 import torch

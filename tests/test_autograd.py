@@ -5,6 +5,7 @@ bias-free linear layers on 2 rows, 3 -> 5 -> 7, with tanh between: one product o
 `b` is B = 2*2*5*7 = 140, for the layer itself, for its input gradient and for its weight gradient alike.
 """
 
+# Longer than 400 lines: one table of cases, with the models that its rows name.
 from __future__ import annotations
 
 from collections.abc import Callable

@@ -207,7 +207,8 @@ def _measure(frames: Iterable[Frame], model: torch.nn.Module | None) -> None:
         if module is not None:
             frame.parameters = (
                 sum(map(_numel, module.parameters())) + sum(map(_packed, module.modules())),
-                _packed(module) + sum(_numel(p) for p in {id(p): p for p in module._parameters.values() if p is not None}.values()),
+                _packed(module)
+                + sum(map(_numel, {id(p): p for p in module._parameters.values() if p is not None}.values())),
             )
 
 
