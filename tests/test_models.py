@@ -92,6 +92,8 @@ def test_every_torchvision_model_counts(name: str) -> None:
 # Multiply-adds of one detection's mask: four 3x3 convolutions of 256 channels on 14x14, a 2x2 transposed one to
 # 28x28, a 1x1 one to 91 classes. Of one detection's keypoints: eight 3x3 convolutions, a 4x4 transposed one to 17.
 MASK = 4 * 14 * 14 * 9 * 256 * 256 + 14 * 14 * 4 * 256 * 256 + 28 * 28 * 256 * 91
+# Of one proposal's box: two linear layers on 256 channels of 7x7, and the scores and boxes of 91 classes.
+BOX = 256 * 7 * 7 * 1024 + 1024 * 1024 + 1024 * 91 * 5
 KEYPOINTS = 14 * 14 * 9 * (256 * 512 + 7 * 512 * 512) + 14 * 14 * 16 * 512 * 17
 
 
@@ -101,7 +103,10 @@ KEYPOINTS = 14 * 14 * 9 * (256 * 512 + 7 * 512 * 512) + 14 * 14 * 16 * 512 * 17
         ("fasterrcnn_resnet50_fpn", 0),
         pytest.param("fasterrcnn_resnet50_fpn_v2", 0, marks=pytest.mark.nightly),
         pytest.param("maskrcnn_resnet50_fpn_v2", 0, marks=pytest.mark.nightly),
-        # published from noise, in which trained weights found nothing, and one person
+        # published from noise, in which trained weights proposed nothing
+        pytest.param("fasterrcnn_mobilenet_v3_large_320_fpn", 150 * BOX, marks=pytest.mark.nightly),
+        pytest.param("fasterrcnn_mobilenet_v3_large_fpn", 1000 * BOX, marks=pytest.mark.nightly),
+        # ... and in which they found nothing, and one person
         pytest.param("maskrcnn_resnet50_fpn", 100 * MASK, marks=pytest.mark.nightly),
         pytest.param("keypointrcnn_resnet50_fpn", 99 * KEYPOINTS, marks=pytest.mark.nightly),
     ],
