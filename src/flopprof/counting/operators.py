@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from enum import IntEnum
-from operator import itemgetter
 from typing import Any
 
 import torch
@@ -53,7 +51,7 @@ class Entry:
 
     __slots__ = (
         "call", "complex_inside", "derives", "elementwise", "formula", "func", "kind", "makes_storage", "name",
-        "needs", "per_in", "per_out", "pick", "positions", "product", "reason", "silent", "tensors", "unit", "wanted",
+        "per_in", "per_out", "positions", "product", "reason", "silent", "tensors", "unit", "wanted",
     )  # fmt: skip
 
     def __init__(self, func: Any, name: str, kind: Kind) -> None:
@@ -70,12 +68,7 @@ class Entry:
         self.complex_inside = name in _COMPLEX_INSIDE
         self.product = name == "aten::mul"
         self.positions: tuple[int, ...] = (0, 1)
-        # Where the tensors are among the arguments, and what takes them out of at least so many.
-        self.tensors = _tensor_positions(func)
-        self.needs = max(self.tensors, default=-1) + 1
-        self.pick: Callable[[Any], Any] = itemgetter(*self.tensors) if len(self.tensors) > 1 else tuple
-        if len(self.tensors) < 2:
-            self.needs = sys.maxsize
+        self.tensors = _tensor_positions(func)  # where the tensors are among the arguments
         self.makes_storage = not _is_view(func) and not name.startswith(("aten::empty", "aten::new_empty"))
         self.silent = kind is Kind.FREE and not self.makes_storage
         self.reason = ""

@@ -18,7 +18,7 @@ from flopprof.counting.instrument import active, counter_types, installed
 from flopprof.counting.operands import Sources
 from flopprof.counting.operators import PRODUCT_NODES, Entry, Kind, entries, learn
 from flopprof.counting.tally import BATCH, Tally, device_of, first_shape
-from flopprof.counting.unseen import OUTSIDE, Unseen, storages
+from flopprof.counting.unseen import OUTSIDE, Unseen, passed_through, storages
 from flopprof.counting.whereabouts import Whereabouts
 from flopprof.formulas import Cost, LengthsUnknown
 from flopprof.formulas.elementwise import elementwise_flops
@@ -205,11 +205,25 @@ class FlopCounter(TorchDispatchMode):
         graded = _grad_enabled()
         parameter, wanted, wants = "", False, False
         signature: list[Any] = []
-        if kwargs:
-            given: Any = enumerate((*args, *kwargs.values()))
-        else:
-            given = zip(entry.tensors, entry.pick(args), strict=True) if len(args) >= entry.needs else enumerate(args)
-        for position, item in given:
+        if not kwargs:
+            try:  # the usual call: dense tensors by position
+                for position in entry.tensors:
+                    item = args[position]
+                    if item is None:
+                        continue
+                    source = known.get(item.untyped_storage()._cdata)
+                    if graded:
+                        wants = item.requires_grad
+                        if wants and position in positions:
+                            wanted = True
+                    if source is not None and not parameter and position in positions and source.kind == "parameter":
+                        parameter = source.name
+                    signature += (position, item.shape, item.dtype, wants, source)
+                return parameter, wanted, tuple(signature)
+            except (AttributeError, IndexError, RuntimeError):  # a list, one left out, one without storage or shape
+                signature.clear()
+                parameter, wanted, wants = "", False, False
+        for position, item in enumerate((*args, *kwargs.values()) if kwargs else args):
             if isinstance(item, _Tensor):
                 tensors: Any = (item,)
             elif type(item) in _SEQUENCES and item and isinstance(item[0], _Tensor):
@@ -309,7 +323,7 @@ class FlopCounter(TorchDispatchMode):
             self._sources.settle()
         if frame.output_shape is None:
             frame.output_shape = first_shape(output)
-        if seen == self.seen and self.unseen.produced is None and not _passed_through(inputs, output):
+        if seen == self.seen and self.unseen.produced is None and not passed_through(inputs, output):
             made = storages(output)
             if made and not made <= storages(inputs) and made.isdisjoint(self._sources.known):
                 module = frame.module() if frame.module is not None else None
@@ -365,19 +379,6 @@ def _checked(cost: Any) -> int:
     if flops < 0:
         raise ValueError(f"{flops} FLOPs are less than none")
     return flops
-
-
-def _passed_through(inputs: Any, output: Any) -> bool:
-    """Is the output the first input, or a view of it? (Dropout in evaluation, Identity, Flatten.)"""
-    first = inputs[0][0] if inputs[0] else None
-    if first is output:
-        return True
-    if type(first) is not _Tensor or type(output) is not _Tensor:
-        return False
-    try:
-        return bool(first.untyped_storage()._cdata == output.untyped_storage()._cdata)
-    except (RuntimeError, NotImplementedError):  # sparse, nested, functorch: no storage to look at
-        return False
 
 
 def _wanted(node: Any) -> tuple[bool, ...] | None:

@@ -80,3 +80,16 @@ def storages(tree: Any) -> set[int]:
 
 def _is_wrapper(leaf: Any) -> bool:
     return isinstance(leaf, torch.Tensor) and type(leaf).__torch_dispatch__ is not _plain_dispatch
+
+
+def passed_through(inputs: Any, output: Any) -> bool:
+    """Is the output the first input, or a view of it? (Dropout in evaluation, Identity, Flatten.)"""
+    first = inputs[0][0] if inputs[0] else None
+    if first is output:
+        return True
+    if type(first) is not torch.Tensor or type(output) is not torch.Tensor:
+        return False
+    try:
+        return bool(first.untyped_storage()._cdata == output.untyped_storage()._cdata)
+    except (RuntimeError, NotImplementedError):  # sparse, nested, functorch: no storage to look at
+        return False
