@@ -57,7 +57,7 @@ def _higher_order(counter: FlopCounter, entry: Entry, args: Any, kwargs: Any) ->
 
 
 def _flex_attention(counter: FlopCounter, entry: Entry, args: Any, kwargs: Any) -> Any:
-    signed = counter.signature(entry, args[:3], None)
+    signed = counter.identify(entry, args[:3], None)
     out = entry.func(*args, **kwargs)
     try:
         cost = flex.cost(counter, entry.name, args, kwargs, torch._C._current_autograd_node())
@@ -65,7 +65,7 @@ def _flex_attention(counter: FlopCounter, entry: Entry, args: Any, kwargs: Any) 
         counter.uncounted(entry.name, args[:3], f"its mask cannot be read: {type(error).__name__}: {error}")
     else:
         frame, phase = counter.where.now()
-        counter.charge(entry, frame, phase, signed, out, cost)
+        counter.charge(entry, frame, phase, signed, args[:3], None, out, cost)
     return out
 
 

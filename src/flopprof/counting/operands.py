@@ -76,6 +76,28 @@ class Sources:
                 if isinstance(item, torch.Tensor):
                     self._add(item, source)
 
+    def describe(self, args: Any, kwargs: Any) -> tuple[Any, ...]:
+        """Of each tensor five things, in one row: its argument's position, shape, dtype, gradient wanted, source.
+
+        Raises RuntimeError where a tensor has no shape (strided nested ones).
+        """
+        graded = torch.is_grad_enabled()
+        operands: list[Any] = []
+        for position, item in enumerate((*args, *kwargs.values()) if kwargs else args):
+            if isinstance(item, torch.Tensor):
+                tensors: Any = (item,)
+            elif type(item) in _SEQUENCES and item and isinstance(item[0], torch.Tensor):
+                tensors = [tensor for tensor in item if tensor is not None]
+            else:
+                continue
+            for tensor in tensors:
+                try:
+                    source = self.known.get(tensor.untyped_storage()._cdata)
+                except (RuntimeError, NotImplementedError):  # sparse and functorch tensors have no storage
+                    source = None
+                operands += (position, tensor.shape, tensor.dtype, graded and tensor.requires_grad, source)
+        return tuple(operands)
+
     def _add(self, tensor: torch.Tensor, source: Source) -> None:
         flatten = getattr(tensor, "__tensor_flatten__", None)
         if flatten is not None:  # a wrapper, whose own storage holds nothing: its tensors are what is multiplied

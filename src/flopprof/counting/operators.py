@@ -46,29 +46,60 @@ def _no_formula(*_: Any, **__: Any) -> int:
     raise LookupError("this operator has no formula")
 
 
+# torch's generated bindings of these overloads read the same arguments in half the time that the interpreter of
+# schemas takes, which `func._op` goes through. For a view that is most of what it costs.
+_aten, _functions, _methods = torch.ops.aten, torch._C._VariableFunctions, torch._C.TensorBase
+BINDINGS: dict[Any, Callable[..., Any]] = {
+    _aten.add.Tensor: _functions.add,
+    _aten.add_.Tensor: _methods.add_,
+    _aten.addmm.default: _functions.addmm,
+    _aten.bmm.default: _functions.bmm,
+    _aten.clone.default: _functions.clone,
+    _aten.convolution.default: _functions.convolution,
+    _aten.detach.default: _functions.detach,
+    _aten.div.Tensor: _functions.div,
+    _aten.embedding.default: _functions.embedding,
+    _aten.expand.default: _methods.expand,
+    _aten.mm.default: _functions.mm,
+    _aten.mul.Tensor: _functions.mul,
+    _aten.native_batch_norm.default: _functions.native_batch_norm,
+    _aten.native_layer_norm.default: _functions.native_layer_norm,
+    _aten.permute.default: _functions.permute,
+    _aten.relu.default: _functions.relu,
+    _aten.select.int: _functions.select,
+    _aten.sum.dim_IntList: _functions.sum,
+    _aten.t.default: _functions.t,
+    _aten.transpose.int: _functions.transpose,
+    _aten.unbind.int: _functions.unbind,
+    _aten.unsqueeze.default: _functions.unsqueeze,
+    _aten.view.default: _methods.view,
+}
+
+
 class Entry:
     """One operator overload and its treatment."""
 
     __slots__ = (
-        "call", "complex_inside", "derives", "elementwise", "formula", "func", "kind", "makes_storage", "name",
-        "per_in", "per_out", "positions", "product", "reason", "silent", "tensors", "unit", "wanted",
+        "call", "complex_inside", "cost_of", "derives", "elementwise", "formula", "func", "kind", "makes_storage",
+        "name", "optional", "per_in", "per_out", "positions", "product", "reason", "silent", "unit", "wanted",
     )  # fmt: skip
 
     def __init__(self, func: Any, name: str, kind: Kind) -> None:
         self.func = func  # also keeps id(func) from being taken by another operator
         self.name = name
         self.kind = kind
-        self.call: Callable[..., Any] = getattr(func, "_op", func)
+        self.call: Callable[..., Any] = BINDINGS.get(func) or getattr(func, "_op", func)
         self.formula: Formula = _no_formula
         self.wanted = False
         self.elementwise: Elementwise | None = None
         self.unit = 0
         self.per_out = self.per_in = False
+        self.cost_of: Callable[..., int] | None = None
         self.derives = name in _COPIES or name in _REFORMS
         self.complex_inside = name in _COMPLEX_INSIDE
         self.product = name == "aten::mul"
         self.positions: tuple[int, ...] = (0, 1)
-        self.tensors = _tensor_positions(func)  # where the tensors are among the arguments
+        self.optional: tuple[int, ...] = ()  # positions of tensors that may be left out
         self.makes_storage = not _is_view(func) and not name.startswith(("aten::empty", "aten::new_empty"))
         self.silent = kind is Kind.FREE and not self.makes_storage
         self.reason = ""
@@ -108,6 +139,7 @@ def _classify(func: Any, name: str) -> Entry:
         entry = Entry(func, name, Kind.COUNTED)
         rule = RULES[name]
         entry.formula, entry.positions, entry.wanted = rule.formula, rule.operands, rule.wanted
+        entry.optional = _positions(func, "Optional[Tensor]")
     elif isinstance(func, torch._ops.HigherOrderOperator):
         entry = Entry(func, name, Kind.HIGHER_ORDER)
         entry.positions = (0, 1, 2)  # query, key, value of flex_attention: no other is counted by its arguments
@@ -117,7 +149,8 @@ def _classify(func: Any, name: str) -> Entry:
         entry.elementwise = cost
         entry.unit = cost.cost
         entry.per_out = cost.per == "out" and cost.cost_of is None
-        entry.per_in = cost.per == "in" and cost.cost_of is None and 0 in entry.tensors
+        entry.per_in = cost.per == "in" and cost.cost_of is None and 0 in _positions(func, "Tensor")
+        entry.cost_of = cost.cost_of
     elif name in FREE or name.partition("::")[0] in FREE_NAMESPACES or not _has_tensor(func):
         entry = Entry(func, name, Kind.FREE)
     elif name in UNCOUNTED:
@@ -150,11 +183,9 @@ def is_composite(func: Any) -> bool:
     return _has_kernel(func, "CompositeImplicitAutograd") or _has_kernel(func, "CompositeExplicitAutograd")
 
 
-def _tensor_positions(func: Any) -> tuple[int, ...]:
-    schema = getattr(func, "_schema", None)
-    if schema is None:
-        return (0, 1, 2)  # a higher-order operator: only attention is counted by its arguments
-    return tuple(i for i, item in enumerate(schema.arguments) if not item.kwarg_only and "Tensor" in str(item.type))
+def _positions(func: Any, kind: str) -> tuple[int, ...]:
+    """Where among the positional arguments those of a type are."""
+    return tuple(i for i, item in enumerate(func._schema.arguments) if not item.kwarg_only and kind == str(item.type))
 
 
 def _has_tensor(func: Any) -> bool:

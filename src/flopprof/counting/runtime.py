@@ -17,7 +17,7 @@ from flopprof.counting.attribution import Frame, Names
 from flopprof.counting.instrument import active, counter_types, installed
 from flopprof.counting.operands import Sources
 from flopprof.counting.operators import PRODUCT_NODES, Entry, Kind, entries, learn
-from flopprof.counting.tally import BATCH, Tally, device_of, first_shape
+from flopprof.counting.tally import Tally, first_shape
 from flopprof.counting.unseen import OUTSIDE, Unseen, passed_through, storages
 from flopprof.counting.whereabouts import Whereabouts
 from flopprof.formulas import Cost, LengthsUnknown
@@ -28,7 +28,6 @@ from flopprof.profile import Attention, Phase, Profile
 _node = torch._C._current_autograd_node
 _grad_enabled = torch.is_grad_enabled
 _Tensor = torch.Tensor
-_SEQUENCES = (list, tuple)
 _FREE, _ELEMENTWISE, _COUNTED = Kind.FREE, Kind.ELEMENTWISE, Kind.COUNTED
 
 
@@ -158,7 +157,8 @@ class FlopCounter(TorchDispatchMode):
             else:
                 frame, phase = self.where.backward(node)
                 if entry.product and node.name() in PRODUCT_NODES and isinstance(args[1], _Tensor):
-                    self._count(entry, frame, phase, self.signature(entry, args, kwargs), out, 2 * out.numel())
+                    signed = self.identify(entry, args, kwargs)
+                    self._count(entry, frame, phase, signed, args, kwargs, out, 2 * out.numel())
                     return out
             if entry.per_out and type(out) is _Tensor:
                 flops = entry.unit * out.numel()
@@ -166,13 +166,15 @@ class FlopCounter(TorchDispatchMode):
                 flops = entry.unit * args[0].numel()
             else:
                 flops = self._elementwise(entry, args, kwargs or {}, out)
-            log = self._tally.elementwise_log
-            log.append((entry, frame, phase, flops))
-            if len(log) > BATCH:
-                self._tally.flush()
+            counts = self._tally.elementwise
+            key = (entry, frame, phase, flops)
+            try:
+                counts[key] += 1
+            except KeyError:
+                counts[key] = 1
         elif kind is _COUNTED:
             try:
-                signature = self.signature(entry, args, kwargs)
+                signed = self.identify(entry, args, kwargs)
             except RuntimeError:  # a strided nested tensor has no shape: look inside its kernel
                 return opaque.run(self, entry, args, kwargs or {})
             if entry.complex_inside and args[0].is_complex():
@@ -187,62 +189,49 @@ class FlopCounter(TorchDispatchMode):
                 else:
                     frame, phase = self.where.backward(node)
                 if isinstance(cost, Cost):
-                    self.charge(entry, frame, phase, signature, out, cost)
+                    self.charge(entry, frame, phase, signed, args, kwargs, out, cost)
                 else:
-                    self._count(entry, frame, phase, signature, out, cost)
+                    self._count(entry, frame, phase, signed, args, kwargs, out, cost)
         else:
             out = opaque.run(self, entry, args, kwargs or {})
         if self.unseen.produced is not None and entry.makes_storage:
             self.unseen.saw(out)
         return out
 
-    def signature(self, entry: Entry, args: Any, kwargs: Any) -> tuple[str, bool, tuple[Any, ...]]:
-        """The parameter multiplied; whether a factor wants a gradient; and of each tensor five things, in one row.
+    def identify(self, entry: Entry, args: Any, kwargs: Any) -> tuple[str, bool, tuple[Any, ...]]:
+        """The parameter multiplied; whether a factor wants a gradient; and what tells this call from others.
 
-        These are: position of its argument, shape, dtype, gradient wanted, source.
+        That is as little as will do, because it is read at every call: the whole description is made once a row.
         """
-        known, positions = self._sources.known, entry.positions
         graded = _grad_enabled()
         parameter, wanted, wants = "", False, False
-        signature: list[Any] = []
         if not kwargs:
+            known = self._sources.known
+            identity: list[Any] = []
             try:  # the usual call: dense tensors by position
-                for position in entry.tensors:
+                for position in entry.positions:
                     item = args[position]
-                    if item is None:
-                        continue
                     source = known.get(item.untyped_storage()._cdata)
                     if graded:
                         wants = item.requires_grad
-                        if wants and position in positions:
+                        if wants:
                             wanted = True
-                    if source is not None and not parameter and position in positions and source.kind == "parameter":
+                    if source is not None and not parameter and source.kind == "parameter":
                         parameter = source.name
-                    signature += (position, item.shape, item.dtype, wants, source)
-                return parameter, wanted, tuple(signature)
+                    identity += (item.shape, source, wants)
+                identity.append(item.dtype)
+                for position in entry.optional:
+                    identity.append(len(args) > position and args[position] is not None)
+                return parameter, wanted, tuple(identity)
             except (AttributeError, IndexError, RuntimeError):  # a list, one left out, one without storage or shape
-                signature.clear()
-                parameter, wanted, wants = "", False, False
-        for position, item in enumerate((*args, *kwargs.values()) if kwargs else args):
-            if isinstance(item, _Tensor):
-                tensors: Any = (item,)
-            elif type(item) in _SEQUENCES and item and isinstance(item[0], _Tensor):
-                tensors = [tensor for tensor in item if tensor is not None]
-            else:
-                continue
-            for tensor in tensors:
-                try:
-                    source = known.get(tensor.untyped_storage()._cdata)
-                except (RuntimeError, NotImplementedError):  # sparse and functorch tensors have no storage
-                    source = None
-                if graded:
-                    wants = tensor.requires_grad
-                    if wants and position in positions:
-                        wanted = True
-                if source is not None and not parameter and position in positions and source.kind == "parameter":
+                parameter, wanted = "", False
+        operands = self._sources.describe(args, kwargs)
+        for position, _shape, _dtype, wants, source in zip(*[iter(operands)] * 5, strict=True):
+            if position in entry.positions:
+                wanted = wanted or wants
+                if source is not None and not parameter and source.kind == "parameter":
                     parameter = source.name
-                signature += (position, tensor.shape, tensor.dtype, wants, source)
-        return parameter, wanted, tuple(signature)
+        return parameter, wanted, operands
 
     def _elementwise(self, entry: Entry, args: Any, kwargs: Any, out: Any) -> int:
         assert entry.elementwise is not None
@@ -272,17 +261,28 @@ class FlopCounter(TorchDispatchMode):
             self.uncounted(entry.name, args, f"its formula failed: {type(error).__name__}: {error}")
         return None
 
-    def charge(self, entry: Entry, frame: Frame, phase: Phase, signed: Any, out: Any, cost: Cost) -> None:
+    def charge(
+        self, entry: Entry, frame: Frame, phase: Phase, signed: Any, args: Any, kwargs: Any, out: Any, cost: Cost
+    ) -> None:
         """Count a call that costs this, what it computes again apart."""
-        self._count(entry, frame, phase, signed, out, cost.flops, cost)
+        self._count(entry, frame, phase, signed, args, kwargs, out, cost.flops, cost)
         if cost.recompute:
             again = Cost(cost.recompute, cost.recompute_causal, mask_known=cost.mask_known)
-            self._count(entry, frame, "recompute", signed, out, cost.recompute, again)
+            self._count(entry, frame, "recompute", signed, args, kwargs, out, cost.recompute, again)
 
     def _count(
-        self, entry: Entry, frame: Frame, phase: Phase, signed: Any, out: Any, flops: int, cost: Cost | None = None
+        self,
+        entry: Entry,
+        frame: Frame,
+        phase: Phase,
+        signed: Any,
+        args: Any,
+        kwargs: Any,
+        out: Any,
+        flops: int,
+        cost: Cost | None = None,
     ) -> None:
-        parameter, wanted, signature = signed
+        parameter, wanted, identity = signed
         causal, known = flops, False
         if cost is not None:
             known = cost.mask_known
@@ -296,14 +296,11 @@ class FlopCounter(TorchDispatchMode):
         if wanted and parameter:
             self.where.remember(parameter)
         self.counted_calls += 1
-        tally = self._tally
-        outputs = (out.shape, out.dtype) if type(out) is _Tensor else _outputs(out)
-        log = tally.counted_log
-        log.append((entry, frame, phase, parameter, signature, outputs, flops, causal, known))
-        if len(log) > BATCH:
-            tally.flush()
-        if tally.device is None:
-            tally.device = device_of(out)
+        key = (entry, frame, phase, parameter, identity, flops, causal, known)
+        row = self._tally.counted.get(key)
+        if row is None:
+            row = self._tally.add_row(key, self._sources.describe(args, kwargs), out)
+        row.calls += 1
 
     def uncounted(self, name: str, tensors: Any, reason: str = "") -> None:
         """Record a call that does arithmetic and has no count: never silently 0."""
@@ -385,11 +382,3 @@ def _wanted(node: Any) -> tuple[bool, ...] | None:
     if node is None or isinstance(node, torch.autograd.function.BackwardCFunction):
         return None
     return tuple(function is not None for function, _index in node.next_functions)
-
-
-def _outputs(out: Any) -> tuple[Any, ...]:
-    if isinstance(out, _Tensor):
-        return (out.shape, out.dtype)
-    if isinstance(out, _SEQUENCES):
-        return tuple(fact for item in out if isinstance(item, _Tensor) for fact in (item.shape, item.dtype))
-    return ()

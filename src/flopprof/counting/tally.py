@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import fields, is_dataclass
 from typing import Any
@@ -28,32 +27,38 @@ from flopprof.profile import (
 _ACTIVATION = Source("activation", "")
 
 
-# Calls are noted as they come and added up in batches: adding up touches memory that the kernels just evicted.
-BATCH = 256
+class Row:
+    """Calls of one counted operator that nothing distinguishes, described by the first of them."""
+
+    __slots__ = ("calls", "operands", "outputs")
+
+    def __init__(self, operands: tuple[Any, ...], outputs: tuple[tuple[Any, torch.dtype], ...]) -> None:
+        self.operands = operands  # of each tensor: position of its argument, shape, dtype, gradient wanted, source
+        self.outputs = outputs  # shape and dtype of each result
+        self.calls = 0
 
 
 class Tally:
     """Calls by everything that distinguishes them; their number does not grow with repeated steps."""
 
     def __init__(self) -> None:
-        # (entry, frame, phase, parameter, operands, outputs, flops, causal flops, mask known) -> calls
-        self.counted: Counter[Any] = Counter()
+        # (entry, frame, phase, parameter, identity of the factors, flops, causal flops, mask known)
+        self.counted: dict[tuple[Any, ...], Row] = {}
         # (entry, frame, phase, flops) -> calls
-        self.elementwise: Counter[tuple[Entry, Frame, Phase, int]] = Counter()
-        # Calls noted since the last flush: the keys above.
-        self.counted_log: list[Any] = []
-        self.elementwise_log: list[Any] = []
+        self.elementwise: dict[tuple[Entry, Frame, Phase, int], int] = {}
         self.uncounted: dict[tuple[str, Frame, Phase, Any, str], int] = {}
         self.assumptions: dict[str, None] = {}
         self.device: str | None = None
         self._sizes = (0, 0)  # parameters, trainable ones
 
-    def flush(self) -> None:
-        """Add up what was noted since the last time."""
-        self.counted.update(self.counted_log)
-        self.elementwise.update(self.elementwise_log)
-        self.counted_log.clear()
-        self.elementwise_log.clear()
+    def add_row(self, key: tuple[Any, ...], operands: tuple[Any, ...], out: Any) -> Row:
+        """The row of calls that were not seen before."""
+        results = (out,) if isinstance(out, torch.Tensor) else out if isinstance(out, list | tuple) else ()
+        tensors = [item for item in results if isinstance(item, torch.Tensor)]
+        row = self.counted[key] = Row(operands, tuple((tensor.shape, tensor.dtype) for tensor in tensors))
+        if self.device is None:
+            self.device = device_of(out)
+        return row
 
     def add_uncounted(self, name: str, frame: Frame, phase: Phase, tensors: Any, reason: str) -> None:
         """One more call of an operator without a count."""
@@ -75,8 +80,7 @@ class Tally:
         """Everything so far, names resolved."""
         ordered = _in_order(frames, model)
         self.measure(ordered, model)
-        self.flush()
-        rows = tuple(_operator_row(key, calls, attention) for key, calls in self.counted.items())
+        rows = tuple(_operator_row(key, row, attention) for key, row in self.counted.items())
         return Profile(
             modules=tuple(_module_row(frame) for frame in ordered),
             operators=rows,
@@ -94,17 +98,16 @@ class Tally:
         )
 
 
-def _operator_row(key: Any, calls: int, attention: Attention) -> OperatorRow:
-    entry, frame, phase, parameter, signature, outputs, flops, causal, known = key
-    operands, moved, multiplied = [], 0, []
-    for position, shape, dtype, wants, source in zip(*[iter(signature)] * 5, strict=True):
+def _operator_row(key: Any, row: Row, attention: Attention) -> OperatorRow:
+    entry, frame, phase, parameter, _identity, flops, causal, known = key
+    calls, operands, moved, multiplied = row.calls, [], 0, []
+    for position, shape, dtype, wants, source in zip(*[iter(row.operands)] * 5, strict=True):
         kind, name = source or _ACTIVATION
         operands.append(Operand(shape=tuple(shape), dtype=dtype_name(dtype), kind=kind, name=name, requires_grad=wants))
         moved += _size(shape) * dtype.itemsize
         if position in entry.positions:
             multiplied.append((dtype, source))
-    shapes = outputs[::2]
-    for shape, dtype in zip(shapes, outputs[1::2], strict=True):
+    for shape, dtype in row.outputs:
         moved += _size(shape) * dtype.itemsize
     # A complex multiply-add is four real multiplications and four real additions.
     each = 4 if multiplied and all(dtype.is_complex for dtype, _source in multiplied) else 1
@@ -115,7 +118,7 @@ def _operator_row(key: Any, calls: int, attention: Attention) -> OperatorRow:
         phase=phase,
         dtype=dtype_name(multiplied[0][0]) if multiplied else "",
         operands=tuple(operands),
-        outputs=tuple(tuple(shape) for shape in shapes),
+        outputs=tuple(tuple(shape) for shape, _dtype in row.outputs),
         calls=calls,
         flops=causal if attention == "causal" else flops,
         flops_full=flops,
@@ -126,7 +129,7 @@ def _operator_row(key: Any, calls: int, attention: Attention) -> OperatorRow:
     )
 
 
-def _elementwise_rows(counter: Counter[tuple[Entry, Frame, Phase, int]]) -> tuple[ElementwiseRow, ...]:
+def _elementwise_rows(counter: dict[tuple[Entry, Frame, Phase, int], int]) -> tuple[ElementwiseRow, ...]:
     sums: dict[tuple[str, str, Phase], tuple[int, int]] = {}
     for (entry, frame, phase, flops), calls in counter.items():
         before = sums.get((entry.name, frame.fqn, phase), (0, 0))
