@@ -4,94 +4,40 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable
-from typing import Literal
 
 import msgspec
 
 from flopprof.errors import InvalidProfile
+from flopprof.rows import (
+    PHASES,
+    Attention,
+    ElementwiseRow,
+    Kind,
+    ModuleRow,
+    Operand,
+    OperatorRow,
+    Phase,
+    UncountedRow,
+)
+
+__all__ = [
+    "PHASES",
+    "SCHEMA",
+    "Attention",
+    "ElementwiseRow",
+    "Kind",
+    "ModuleRow",
+    "Operand",
+    "OperatorRow",
+    "Phase",
+    "Profile",
+    "UncountedRow",
+    "ancestors",
+    "tally_modules",
+    "within_depth",
+]
 
 SCHEMA = "flopprof.profile/1"
-
-Phase = Literal["forward", "backward", "recompute", "optimizer"]
-Attention = Literal["full", "causal"]
-Kind = Literal["parameter", "buffer", "activation"]
-PHASES: tuple[Phase, ...] = ("forward", "backward", "recompute", "optimizer")
-
-
-class Operand(msgspec.Struct, frozen=True, kw_only=True):
-    """One tensor that a counted operator read: what it is, and whether a gradient of it is wanted."""
-
-    shape: tuple[int, ...]
-    dtype: str
-    kind: Kind = "activation"
-    name: str = ""
-    requires_grad: bool = False
-
-
-class OperatorRow(msgspec.Struct, frozen=True, kw_only=True):
-    """Calls of one counted operator with the same shapes in one module and phase.
-
-    flops follows the profile's attention convention; flops_full and flops_causal hold both. mask_known tells
-    whether the operator itself said which pairs it computes (otherwise causal equals full). bytes: each
-    operand read once, each result written once. parameter: the one it multiplies, or whose gradient it makes.
-    """
-
-    op: str
-    fqn: str
-    phase: Phase
-    dtype: str
-    operands: tuple[Operand, ...]
-    outputs: tuple[tuple[int, ...], ...]
-    calls: int
-    flops: int
-    flops_full: int
-    flops_causal: int
-    mask_known: bool = False
-    bytes: int = 0
-    parameter: str = ""
-    line: str = ""
-
-    @property
-    def shapes(self) -> tuple[tuple[int, ...], ...]:
-        """Operand shapes, in argument order."""
-        return tuple(operand.shape for operand in self.operands)
-
-    @property
-    def gradients_wanted(self) -> tuple[bool, ...]:
-        """Per operand: does autograd want its gradient?"""
-        return tuple(operand.requires_grad for operand in self.operands)
-
-
-class ElementwiseRow(msgspec.Struct, frozen=True, kw_only=True):
-    """Elementwise FLOPs of one operator in one module and phase."""
-
-    op: str
-    fqn: str
-    phase: Phase
-    calls: int
-    flops: int
-
-
-class UncountedRow(msgspec.Struct, frozen=True, kw_only=True):
-    """Calls of an operator that does arithmetic and has no formula."""
-
-    op: str
-    fqn: str
-    phase: Phase
-    calls: int
-    shapes: tuple[tuple[int, ...], ...] = ()
-    reason: str = ""
-
-
-class ModuleRow(msgspec.Struct, frozen=True, kw_only=True):
-    """One module that ran: its class, calls, parameters (its own and its children's, tied ones once), output."""
-
-    fqn: str
-    cls: str
-    calls: int = 0
-    parameters: int = 0
-    own_parameters: int = 0
-    output_shape: tuple[int, ...] | None = None
 
 
 class Profile(msgspec.Struct, frozen=True, kw_only=True):
