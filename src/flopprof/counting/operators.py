@@ -80,7 +80,7 @@ class Entry:
     """One operator overload and its treatment."""
 
     __slots__ = (
-        "call", "complex_inside", "cost_of", "derives", "elementwise", "formula", "func", "kind", "makes_storage",
+        "call", "complex_inside", "derives", "elementwise", "formula", "func", "kind", "makes_storage",
         "name", "optional", "per_in", "per_out", "positions", "product", "reason", "silent", "unit", "wanted",
     )  # fmt: skip
 
@@ -94,7 +94,6 @@ class Entry:
         self.elementwise: Elementwise | None = None
         self.unit = 0
         self.per_out = self.per_in = False
-        self.cost_of: Callable[..., int] | None = None
         self.derives = name in _COPIES or name in _REFORMS
         self.complex_inside = name in _COMPLEX_INSIDE
         self.product = name == "aten::mul"
@@ -150,7 +149,6 @@ def _classify(func: Any, name: str) -> Entry:
         entry.unit = cost.cost
         entry.per_out = cost.per == "out" and cost.cost_of is None
         entry.per_in = cost.per == "in" and cost.cost_of is None and 0 in _positions(func, "Tensor")
-        entry.cost_of = cost.cost_of
     elif name in FREE or name.partition("::")[0] in FREE_NAMESPACES or not _has_tensor(func):
         entry = Entry(func, name, Kind.FREE)
     elif name in UNCOUNTED:
