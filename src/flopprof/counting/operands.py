@@ -71,7 +71,7 @@ class Sources:
                     return
                 sources.append(source)
         if sources:
-            source = _merged(sources)
+            source = merged(sources)
             for item in result if isinstance(result, _SEQUENCES) else (result,):
                 if isinstance(item, torch.Tensor):
                     self._add(item, source)
@@ -124,7 +124,8 @@ class Sources:
         self._sweep_at = max(_SWEEP_AT, 2 * len(self._alive))
 
 
-def _merged(sources: list[Source]) -> Source:
+def merged(sources: list[Source]) -> Source:
+    """What a tensor made of these is: a parameter as soon as one of them is."""
     parameters = list(dict.fromkeys(source for source in sources if source.kind == "parameter"))
     if not parameters:
         return sources[0]
