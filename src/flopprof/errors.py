@@ -37,3 +37,7 @@ class InvalidProfile(UsageError):
 
 class FormulaError(FlopprofError):
     """A formula was registered wrongly, or could not read its operator's arguments."""
+
+
+class NoForm(FlopprofError):
+    """No closed form is known: none was asked for, or none is proved; the message says why."""

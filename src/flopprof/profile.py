@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable
+from typing import Literal
 
 import msgspec
 
-from flopprof.errors import InvalidProfile
+from flopprof.errors import InvalidProfile, NoForm, UsageError
 from flopprof.rows import (
     PHASES,
     Attention,
@@ -19,6 +20,7 @@ from flopprof.rows import (
     Phase,
     UncountedRow,
 )
+from flopprof.symbolic import Forms, sums_of
 
 __all__ = [
     "PHASES",
@@ -38,6 +40,7 @@ __all__ = [
 ]
 
 SCHEMA = "flopprof.profile/1"
+_FIELDS = {"flops": ("", "FLOPs"), "elementwise": ("flops", "elementwise FLOPs"), "bytes": ("bytes", "bytes")}
 
 
 class Profile(msgspec.Struct, frozen=True, kw_only=True):
@@ -56,6 +59,7 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True):
     n_params_trainable: int = 0
     target: str = ""
     torch_version: str = ""
+    forms: Forms | None = None
     schema: str = SCHEMA
 
     # --- totals -------------------------------------------------------------------------------
@@ -87,17 +91,19 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def hardware_flops(self) -> int:
         """Everything executed: model_flops + recompute + optimizer."""
-        return sum(row.flops for row in self.operators)
+        return sum(self.by_phase().values())
 
     @property
     def elementwise_flops(self) -> int:
         """Additions, activations, norms, softmax, pooling ...: apart, in none of the counts above."""
-        return sum(row.flops for row in self.elementwise)
+        known = sums_of(self.elementwise)
+        return sum(row.flops for row in self.elementwise) if known is None else known["flops"]
 
     @property
     def bytes_moved(self) -> int:
         """Bytes of counted operators: each operand read once, each result written once."""
-        return sum(row.bytes for row in self.operators)
+        known = sums_of(self.operators)
+        return sum(row.bytes for row in self.operators) if known is None else known["bytes"]
 
     @property
     def macs(self) -> int:
@@ -117,11 +123,17 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def causal_flops(self) -> int:
         """model_flops with attention counted over only the pairs that the mask lets through."""
+        known = sums_of(self.operators)
+        if known is not None:
+            return known["causal"]
         return sum(row.flops_causal for row in self.operators if row.phase in ("forward", "backward"))
 
     # --- tables -------------------------------------------------------------------------------
     def by_phase(self) -> dict[str, int]:
         """FLOPs per phase; every phase is present."""
+        known = sums_of(self.operators)
+        if known is not None:
+            return {phase: known[phase] for phase in PHASES}
         return {**dict.fromkeys(PHASES, 0), **_tally((row.phase, row.flops) for row in self.operators)}
 
     def by_operator(self, phase: Phase | None = None) -> dict[str, int]:
@@ -135,6 +147,13 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True):
     def by_parameter(self, phase: Phase | None = None) -> dict[str, int]:
         """FLOPs per parameter: products with it, and products that make its gradient; largest first."""
         return _descending(_tally((row.parameter, row.flops) for row in self._rows(phase) if row.parameter))
+
+    def by_line(self, phase: Phase | None = None) -> dict[str, int]:
+        """FLOPs per line of source (`path/to/model.py:123`), largest first; of a backward, the line of its forward.
+
+        `""` is what no line is known of: everything, unless the counter was told to look (`lines=True`).
+        """
+        return _descending(_tally((row.line, row.flops) for row in self._rows(phase)))
 
     def by_module(self, phase: Phase | None = None, depth: int | None = None, *, own: bool = False) -> dict[str, int]:
         """FLOPs per module, keyed by fqn (root `""`): totals with children, or `own=True` without.
@@ -157,6 +176,67 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True):
         rows = (row for row in self.elementwise if phase is None or row.phase == phase)
         return _descending(_tally((row.op, row.flops) for row in rows))
 
+    # --- closed forms -------------------------------------------------------------------------
+    def formula(
+        self,
+        phase: Phase | None = None,
+        *,
+        op: str | None = None,
+        module: str | None = None,
+        own: bool = False,
+        of: Literal["flops", "elementwise", "bytes"] = "flops",
+    ) -> str:
+        """The closed form in the sizes that `trace(..., dynamic=...)` named: `FLOPs = 24*batch*seq`.
+
+        phase          one phase; without it forward and backward, as model_flops
+        op, module     of one operator (`aten::mm`), of one module and its children (`own=True`: without them)
+        of             `flops`, `elementwise` FLOPs, or `bytes` (of counted operators)
+
+        Where it holds is in `forms.conditions`, and printed behind it. Raises NoForm, which says why none is proved.
+        """
+        forms = self._forms()
+        if of not in _FIELDS:
+            raise UsageError(f"a formula is of {', '.join(_FIELDS)}, got {of!r}.")
+        name, label = _FIELDS[of]
+        if of == "flops":
+            name = "flops_causal" if self.attention == "causal" else "flops_full"
+        rows = forms.elementwise if of == "elementwise" else forms.operators
+        for given, known in ((op, {row.op for row in rows}), (module, {row.fqn for row in forms.modules} | {""})):
+            if given is not None and given not in known:
+                raise UsageError(f"{given!r} did not run: there are {', '.join(map(repr, sorted(known)))}.")
+        if phase is not None and phase not in PHASES:
+            raise ValueError(f"phase {phase!r} is none of {', '.join(PHASES)}.")
+        phases = (phase,) if phase else ("forward", "backward") if of == "flops" else PHASES
+        chosen = (
+            getattr(row, name)
+            for row in rows
+            if row.phase in phases
+            and op in (None, row.op)
+            and (module is None or module == row.fqn or (not own and module in ancestors(row.fqn)))
+        )
+        text = f"{label} = {forms.total(chosen)}"
+        return f"{text}  where {', '.join(map(str, forms.conditions))}" if forms.conditions else text
+
+    def at(self, **sizes: int) -> Profile:
+        """The profile at other sizes, from the closed forms: totals at once, rows when they are first read.
+
+        It equals a count at these sizes; how many tokens and samples they hold is not known. Raises NoForm where no
+        form is proved, UsageError for sizes that are unknown, missing, not positive or outside forms.conditions.
+
+        >>> profile.at(batch=8, seq=4096).model_flops  # doctest: +SKIP
+        """
+        forms = self._forms()
+        rows = forms.rows(forms.checked(sizes), self.attention == "causal")
+        names = ("modules", "operators", "elementwise", "uncounted_rows")
+        return msgspec.structs.replace(
+            self, forms=None, tokens=None, samples=None, **dict(zip(names, rows, strict=True))
+        )
+
+    def _forms(self) -> Forms:
+        if self.forms is None:
+            raise NoForm("this profile has no closed forms: make it by trace(..., dynamic={'batch': (0, 0)}).")
+        return self.forms.proved()
+
     def _rows(self, phase: Phase | None) -> Iterable[OperatorRow]:
         if phase is not None and phase not in PHASES:
             raise ValueError(f"phase {phase!r} is none of {', '.join(PHASES)}.")
@@ -175,7 +255,7 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True):
 
     def to_json(self) -> str:
         """The whole profile as JSON, schema `flopprof.profile/1`."""
-        return msgspec.json.encode(self).decode()
+        return msgspec.json.encode(self, enc_hook=tuple).decode()
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Profile:
