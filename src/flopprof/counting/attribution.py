@@ -33,7 +33,7 @@ _KEPT_PASSES = 8
 class Frame:
     """A module under one name (or a region): what FLOPs are charged to."""
 
-    __slots__ = ("calls", "children", "cls", "fqn", "module", "output_shape", "parameters", "visible")
+    __slots__ = ("calls", "children", "cls", "fqn", "line", "module", "output_shape", "parameters", "visible")
 
     def __init__(self, fqn: str, cls: str, module: torch.nn.Module | None = None) -> None:
         self.fqn = fqn
@@ -41,9 +41,18 @@ class Frame:
         self.module = None if module is None else weakref.ref(module)
         self.children: dict[Any, Frame] = {}
         self.visible: tuple[int, int] | None = None  # of the pairs here (second), a causal mask shows so many (first)
+        self.line = ""  # of source, where lines are told apart
         self.calls = 0
         self.output_shape: tuple[int, ...] | None = None
         self.parameters: tuple[int, int] | None = None  # (with children, own), once measured
+
+    def at(self, line: str) -> Frame:
+        """The same place while this line of source runs."""
+        frame = self.children.get(line)
+        if frame is None:
+            frame = self.children[line] = Frame(self.fqn, self.cls)
+            frame.line, frame.visible = line, self.visible
+        return frame
 
     def __repr__(self) -> str:
         return f"Frame({self.fqn!r}, {self.cls})"
@@ -178,6 +187,7 @@ class Timeline:
         self._starts = array("q", [-1])
         self._owners: list[Frame] = [root]
         self._sites: dict[int, str] = {}
+        self._lines: dict[int, str] = {}
         self._latest: deque[set[int]] = deque()
         self._freed: set[int] = set()
         self._tidy_at = _TIDY_AT
@@ -207,6 +217,18 @@ class Timeline:
             for old in list(self._sites)[: _MOST_SITES // 2]:
                 del self._sites[old]
 
+    def remember_line(self, sequence: int, line: str, *, first: bool) -> None:
+        """The forward operator of node number `sequence` was called on this line; `first`: unless one is known."""
+        if not first or sequence not in self._lines:
+            self._lines[sequence] = line
+        if len(self._lines) > _MOST_SITES:
+            for old in list(self._lines)[: _MOST_SITES // 2]:
+                del self._lines[old]
+
+    def line(self, sequence: int) -> str:
+        """The line that called the forward operator of node number `sequence`, empty where it is not known."""
+        return self._lines.get(sequence, "")
+
     def parameter(self, sequence: int) -> str:
         """The parameter that node number `sequence` multiplies, empty where it is none."""
         return self._sites.get(sequence, "")
@@ -215,6 +237,7 @@ class Timeline:
         """A backward pass ran over nodes of these intervals, and over these sites, and freed them."""
         for sequence in sites:
             self._sites.pop(sequence, None)
+            self._lines.pop(sequence, None)
         self._latest.append(intervals)
         if len(self._latest) > _KEPT_PASSES:
             self._freed |= self._latest.popleft()
@@ -237,4 +260,4 @@ class Timeline:
         self._tidy_at = max(_TIDY_AT, 2 * len(starts))
 
     def __len__(self) -> int:
-        return len(self._starts) + len(self._sites) + len(self._freed)
+        return len(self._starts) + len(self._sites) + len(self._lines) + len(self._freed)

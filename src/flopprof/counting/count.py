@@ -21,6 +21,7 @@ def count(
     loss: Callable[[Any], torch.Tensor] | None = None,
     optimizer: torch.optim.Optimizer | None = None,
     attention: Attention = "full",
+    lines: bool = False,
     **kwargs: Any,
 ) -> Profile:
     """FLOPs of `model(*args, **kwargs)`: per operator, module and phase; one multiply-add is 2.
@@ -29,6 +30,7 @@ def count(
     backward   also count the backward pass of `loss(output)`, or of the sum of the output's floating tensors
     loss       output -> scalar; given, backward is counted
     optimizer  also count one step of it (phase `optimizer`); given, backward is counted
+    lines      also tell the line of source of every count: `profile.by_line()`
     attention  `full` counts every query-key pair, `causal` only those that the operator's mask lets through
 
     Parameters, gradients, buffers, inputs, optimizer state, random state, training mode and cached attributes are
@@ -42,7 +44,7 @@ def count(
         raise TypeError(f"count takes a module or a callable, got {type(model).__name__}.")
     module = model if isinstance(model, torch.nn.Module) else None
     backward = backward or loss is not None or optimizer is not None
-    counter = FlopCounter(module, attention=attention)
+    counter = FlopCounter(module, attention=attention, lines=lines)
     with preserved(modules_within(model, args, kwargs, loss), (args, kwargs), optimizer) as keep:
         if not backward:
             with counter:

@@ -96,8 +96,8 @@ class _Engine:
                 counter.where.leave_pass()
 
 
-# Checkpointed regions by their recompute frame: where each open counter was when the region ran forward.
-_regions: weakref.WeakKeyDictionary[Any, list[tuple[Any, Any]]] = weakref.WeakKeyDictionary()
+# Checkpointed regions by their recompute frame: where each open counter was, and on which line, when it ran forward.
+_regions: weakref.WeakKeyDictionary[Any, list[tuple[Any, Any, str]]] = weakref.WeakKeyDictionary()
 
 
 def _remember_region(hook: type) -> Callable[..., None]:
@@ -107,7 +107,7 @@ def _remember_region(hook: type) -> Callable[..., None]:
         original(self, frame)
         counters = active()
         if counters:
-            _regions[frame] = [(weakref.ref(counter), counter.where.frame) for counter in counters]
+            _regions[frame] = [(weakref.ref(c), c.where.frame, c.where.line_here()) for c in counters]
 
     return __init__
 
@@ -123,8 +123,8 @@ def _replay(hook: type) -> tuple[Callable[..., None], Callable[..., Any], Callab
 
     def __enter__(self: Any) -> Any:  # noqa: N807
         frame = self._flopprof()
-        places = {id(ref()): place for ref, place in _regions.get(frame, ())}
-        self._flopprof_tokens = [(c, c.where.enter_replay(places.get(id(c)))) for c in active()]
+        places = {id(ref()): place for ref, *place in _regions.get(frame, ())}
+        self._flopprof_tokens = [(c, c.where.enter_replay(*places.get(id(c), (None,)))) for c in active()]
         return enter(self)
 
     def __exit__(self: Any, *error: Any) -> Any:  # noqa: N807

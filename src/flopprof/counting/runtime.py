@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from flopprof.counting import opaque
 from flopprof.counting.attribution import Frame, Names
 from flopprof.counting.instrument import active, counter_types, installed
+from flopprof.counting.lines import line_now, remember_line, running_line
 from flopprof.counting.operands import Sources
 from flopprof.counting.operators import PRODUCT_NODES, Entry, Kind, entries, learn
 from flopprof.counting.tally import Tally, first_shape
@@ -35,6 +36,7 @@ class FlopCounter(TorchDispatchMode):
     """Context manager that counts the FLOPs of whatever runs inside it; `.profile` during and after.
 
     model gives modules their names (`layer1.0.conv2`, root ""); without it roots are named after their class.
+    lines also tells each count's line of source (`profile.by_line()`), for about twice the cost of counting.
     Counters nest, each counting everything inside it once; entering one again goes on with its tally, `reset()`
     empties it. A counter counts the thread that entered it. What runs is not changed: results are bitwise those
     without the counter.
@@ -64,7 +66,9 @@ class FlopCounter(TorchDispatchMode):
         """
         return True
 
-    def __init__(self, model: torch.nn.Module | None = None, *, attention: Attention = "full") -> None:
+    def __init__(
+        self, model: torch.nn.Module | None = None, *, attention: Attention = "full", lines: bool = False
+    ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         if model is not None and not isinstance(model, torch.nn.Module):
             raise TypeError(f"FlopCounter takes a module or nothing, got {type(model).__name__}.")
@@ -73,6 +77,9 @@ class FlopCounter(TorchDispatchMode):
         self.model = model
         self.attention: Attention = attention
         self._open = self._thread = 0
+        self.lines = lines
+        if lines:
+            self._count = self._count_at_line  # type: ignore[method-assign, assignment]  # the usual way pays nothing
         self.reset()
 
     def reset(self) -> None:
@@ -82,7 +89,7 @@ class FlopCounter(TorchDispatchMode):
         self._sources = Sources()
         self._names = Names(self.model, self._sources)
         self._tally = Tally()
-        self.where = Whereabouts(self._names)
+        self.where = Whereabouts(self._names, running_line if self.lines else None)
         self.unseen = Unseen()
         self._entries = entries()
         self.seen = 0  # operators that produced storage
@@ -301,6 +308,12 @@ class FlopCounter(TorchDispatchMode):
         if row is None:
             row = self._tally.add_row(key, self._sources.describe(args, kwargs), out)
         row.calls += 1
+
+    def _count_at_line(self, entry: Entry, frame: Frame, phase: Phase, signed: Any, *call: Any) -> None:
+        """As _count, of the line that runs; a backward operator's is that of its forward."""
+        line = line_now(self.where, phase)
+        FlopCounter._count(self, entry, frame.at(line), phase, signed, *call)
+        remember_line(self.where, line, own_node=signed[1])
 
     def uncounted(self, name: str, tensors: Any, reason: str = "") -> None:
         """Record a call that does arithmetic and has no count: never silently 0."""

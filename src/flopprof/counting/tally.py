@@ -10,6 +10,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from flopprof.counting.attribution import Frame, unwrap, walk
+from flopprof.counting.lines import shorten
 from flopprof.counting.operands import Source
 from flopprof.counting.operators import Entry
 from flopprof.profile import (
@@ -126,6 +127,7 @@ def _operator_row(key: Any, row: Row, attention: Attention) -> OperatorRow:
         mask_known=known,
         bytes=calls * moved,
         parameter=parameter,
+        line=shorten(frame.line) if frame.line else "",
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
@@ -41,8 +42,9 @@ Call = tuple[Frame, Frame, Frame, Timeline, int, int]
 class Whereabouts:
     """The running frame and phase, in forward by the module stack, in backward by the autograd node."""
 
-    def __init__(self, names: Names) -> None:
+    def __init__(self, names: Names, read_line: Callable[[], str] | None = None) -> None:
         self.names = names
+        self._read_line = read_line  # given where lines are told apart
         self.frame = names.root
         self._depth = 0
         self.steps: list[FrameType] = []  # optimizer steps under way, by the Python frame that runs each
@@ -52,6 +54,7 @@ class Whereabouts:
         self._pass: _Pass | None = None
         self._replays = 0  # modules and checkpointed functions that run inside this backward
         self._checkpoints = 0  # those of them, in any backward, that only run what ran before
+        self._replayed_lines: list[str] = []  # that called the checkpoints being replayed
         self.higher = 0  # higher-order operators, whose own backward runs with grad mode on
         self._owned = -2
         self._owner = names.root
@@ -68,6 +71,7 @@ class Whereabouts:
         """The counter is left: whatever an exception interrupted is over."""
         self.frame, self._pass, self._passes = self.names.root, None, []
         self._replays = self._checkpoints = self.higher = 0
+        self._replayed_lines = []
         self.steps = []
         self._timeline.note(_sequence(), self.frame)
 
@@ -130,6 +134,25 @@ class Whereabouts:
         current.sites.append(self._owned)
         return current.timeline.parameter(self._owned)
 
+    def remember_line(self, line: str, *, first: bool = False) -> None:
+        """The operator that runs now, in the node made last, was called on this line; `first`: unless one is known."""
+        timeline = self._timeline if self._pass is None else self._here()
+        timeline.remember_line(_sequence() - 1, line, first=first)
+
+    def line_here(self) -> str:
+        """The line that runs now, where lines are told apart."""
+        return "" if self._read_line is None else self._read_line()
+
+    def line(self) -> str:
+        """The line that called the checkpoint being replayed, or the forward of the running backward operator."""
+        if self._replayed_lines and self._replayed_lines[-1]:
+            return self._replayed_lines[-1]
+        current = self._pass
+        if current is None:
+            return self._timeline.line(self._owned)
+        current.sites.append(self._owned)
+        return current.timeline.line(self._owned)
+
     # --- told by the instrumentation -----------------------------------------------------------
     def enter(self, module: torch.nn.Module | None, region: str = "", visible: tuple[int, int] | None = None) -> Call:
         """A module is called, a region entered, or causal attention with so many (visible, all) pairs computed."""
@@ -184,12 +207,13 @@ class Whereabouts:
         if done.intervals and not done.retain_graph:
             done.timeline.freed(done.intervals, done.sites)
 
-    def enter_replay(self, frame: Frame | None) -> Frame:
-        """A checkpointed function is run again: in the frame that called the checkpoint, or in the node's."""
+    def enter_replay(self, frame: Frame | None, line: str = "") -> Frame:
+        """A checkpointed function is run again: in the frame and line that called the checkpoint, or in the node's."""
         previous, node = self.frame, _node()
         if frame is None:
             frame = self.names.root if node is None else self.backward(node)[0]
         self.frame = frame
+        self._replayed_lines.append(line)
         self._replays += 1
         self._checkpoints += 1
         self._here().note(_sequence(), frame)
@@ -198,6 +222,7 @@ class Whereabouts:
     def leave_replay(self, previous: Frame) -> None:
         """The replay is over; `previous` is what enter_replay returned."""
         self.frame = previous
+        del self._replayed_lines[-1:]  # it may be empty: the counter was closed meanwhile
         self._replays -= 1
         self._checkpoints -= 1
         self._here().note(_sequence(), previous)

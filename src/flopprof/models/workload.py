@@ -52,6 +52,7 @@ class Workload:
         attention: Attention = "full",
         loss: Callable[[Any], torch.Tensor] | None = None,
         optimizer: torch.optim.Optimizer | None = None,
+        lines: bool = False,
     ) -> Profile:
         """The Profile of one run. A model that needs values is run on the CPU where meta was only flopprof's choice.
 
@@ -65,6 +66,7 @@ class Workload:
                 attention=attention,
                 loss=loss,
                 optimizer=optimizer,
+                lines=lines,
                 **self.kwargs,
             )
         except FlopprofError:
@@ -72,7 +74,7 @@ class Workload:
         except Exception as error:
             if self.on_cpu is not None and optimizer is None and needs_values(error):
                 logger.info("%s needs values that the meta device does not have; counting on the CPU", self.name)
-                return self.on_cpu().count(backward=backward, attention=attention, loss=loss)
+                return self.on_cpu().count(backward=backward, attention=attention, loss=loss, lines=lines)
             raise self._failure(error) from error
         self._refuse_mixed_types(profile)
         return msgspec.structs.replace(
