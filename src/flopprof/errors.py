@@ -27,6 +27,10 @@ class ModelFailed(FlopprofError):
     """The model itself raised while it was built or run; the cause is chained."""
 
 
+class ValuesUnknown(FlopprofError, NotImplementedError):
+    """The model asks for values of a tensor on the meta device, which has none. As torch's own, a RuntimeError."""
+
+
 class UncountedOperators(FlopprofError):
     """`--strict` was given and some operator has no formula."""
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
 from torch.utils._pytree import tree_map_only
 
+from flopprof.counting.guesses import named
 from flopprof.counting.preserve import modules_within, preserved
 from flopprof.counting.runtime import FlopCounter
+from flopprof.counting.values import carried, moved, needs_values, on_meta
 from flopprof.profile import Attention, Profile
 
 
@@ -42,26 +45,40 @@ def count(
     """
     if not callable(model):
         raise TypeError(f"count takes a module or a callable, got {type(model).__name__}.")
-    module = model if isinstance(model, torch.nn.Module) else None
     backward = backward or loss is not None or optimizer is not None
-    counter = FlopCounter(module, attention=attention, lines=lines)
-    with preserved(modules_within(model, args, kwargs, loss), (args, kwargs), optimizer) as keep:
-        if not backward:
-            with counter:
-                model(*args, **kwargs)
-        else:
-            if optimizer is not None:
-                optimizer.zero_grad()
-            args, kwargs = _own(args), _own(kwargs)
-            with torch.enable_grad(), counter:
-                leaves = _to_differentiate(model(*args, **kwargs), loss)
-                keep.gradients(leaves)
-                if leaves:
-                    # The gradient of a sum is a one for each element: handed over, the sum is in no count.
-                    torch.autograd.backward(leaves, [torch.ones_like(leaf) for leaf in leaves])
+    meta = on_meta(model, args, kwargs)
+
+    def run(*, values: bool) -> Profile:
+        counter = FlopCounter(model if isinstance(model, torch.nn.Module) else None, attention=attention, lines=lines)
+        within = modules_within(model, args, kwargs, loss)
+        with preserved(within, (args, kwargs), optimizer) as keep, ExitStack() as stack:
+            if values:
+                stack.enter_context(carried(counter.assume, named(model, args, kwargs)))
+            given, also = (moved(args), moved(kwargs)) if meta else (args, kwargs)
+            if not backward:
+                with counter:
+                    model(*given, **also)
+            else:
                 if optimizer is not None:
-                    optimizer.step()
-    return counter.profile
+                    optimizer.zero_grad()
+                given, also = _own(given), _own(also)
+                with torch.enable_grad(), counter:
+                    leaves = _to_differentiate(model(*given, **also), loss)
+                    keep.gradients(leaves)
+                    if leaves:
+                        # The gradient of a sum is a one for each element: handed over, the sum is in no count.
+                        torch.autograd.backward(leaves, [torch.ones_like(leaf) for leaf in leaves])
+                    if optimizer is not None:
+                        optimizer.step()
+        return counter.profile
+
+    # Most models ask for no values on meta, and are counted faster where none are carried. One that does ask fails.
+    try:
+        return run(values=False)
+    except Exception as error:
+        if not meta or not needs_values(error):
+            raise
+    return run(values=True)
 
 
 def _own(inputs: Any) -> Any:

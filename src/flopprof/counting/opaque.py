@@ -10,6 +10,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from flopprof.counting import flex
 from flopprof.counting.operators import Entry, Kind, is_composite, keys_below_python
+from flopprof.counting.values import bypassed
 
 if TYPE_CHECKING:
     from flopprof.counting.runtime import FlopCounter
@@ -35,8 +36,11 @@ def see_through(counter: FlopCounter, func: Any, args: Any, kwargs: Any) -> Any:
     The operator is dispatched again below the Python key, so nothing is decomposed that was whole.
     """
     tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-    with counter.again():
-        return func._handle.redispatch_boxed(keys_below_python(tensors), *args, **kwargs)
+    try:
+        with counter.again():
+            return func._handle.redispatch_boxed(keys_below_python(tensors), *args, **kwargs)
+    finally:
+        bypassed(func, args, kwargs)
 
 
 def _explained(entry: Entry) -> bool:

@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from flopprof.counting.count import count as count_model
-from flopprof.errors import FlopprofError, ModelFailed
+from flopprof.counting.values import needs_values
+from flopprof.errors import FlopprofError, ModelFailed, ValuesUnknown
 from flopprof.models.inputs import describe_inputs, first_line
 from flopprof.profile import Attention, Profile
 
@@ -69,9 +70,9 @@ class Workload:
                 lines=lines,
                 **self.kwargs,
             )
-        except FlopprofError:
-            raise
         except Exception as error:
+            if isinstance(error, FlopprofError) and not isinstance(error, ValuesUnknown):
+                raise
             if self.on_cpu is not None and optimizer is None and needs_values(error):
                 logger.info("%s needs values that the meta device does not have; counting on the CPU", self.name)
                 return self.on_cpu().count(backward=backward, attention=attention, loss=loss, lines=lines)
@@ -105,12 +106,6 @@ class Workload:
             f"{self.name} failed{where} on input {inputs}: {type(error).__name__}: {first_line(error)} "
             "Check the shape and dtype of each --input, or see the whole error with --traceback."
         )
-
-
-def needs_values(error: Exception) -> bool:
-    """Does the model fail only for want of values: on meta tensors, or at an operator that has no meta kernel?"""
-    text = str(error).lower()
-    return isinstance(error, NotImplementedError) or "meta" in text or "data-dependent" in text or "fake impl" in text
 
 
 def _innermost_module(model: nn.Module, trace: TracebackType | None) -> str:
