@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,12 +12,17 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from typer.testing import CliRunner
 
 import flopprof
 from flopprof import FlopCounter
+from flopprof.cli.main import app
 from flopprof.counting.lines import line_in_trace, shorten, source_text
+from flopprof.profile import OperatorRow, Profile
+from flopprof.report.lines import fold_names, lines_table
 from zoo import ZOO
 
 SOURCE = Path(__file__).read_text().splitlines()
@@ -329,3 +336,57 @@ def test_a_stack_trace_gives_the_line_by_the_same_rule() -> None:
     )
     assert line_in_trace(trace) == "lib/ops.py:9"
     assert line_in_trace(None) == line_in_trace("no trace") == ""
+
+
+# --- the table -----------------------------------------------------------------------------------
+NETS = Path(__file__).parent / "sample_models" / "nets.py"
+
+
+def printed(*arguments: str, width: int = 80) -> str:
+    result = CliRunner().invoke(app, ["count", *arguments], env={"COLUMNS": str(width), "NO_COLOR": "1"})
+    assert result.exit_code == 0, result.output
+    assert max(map(len, result.stdout.splitlines())) <= width
+    return result.stdout
+
+
+def test_the_command_prints_lines_modules_and_source() -> None:
+    text = printed(f"{NETS}:Mlp", "--input", "2x8", "--backward", "--by", "line")
+    number = NETS.read_text().splitlines().index("        return self.down(self.up(x).relu())") + 1
+    # the first weight's gradient only; both gradients of the second product
+    assert re.search(rf"^nets\.py:{number}  up +0\.512 +0\.512  57\.1%$", text, re.MULTILINE)
+    assert re.search(r"^ +down +0\.256 +0\.512  42\.9%$", text, re.MULTILINE)
+    assert re.search(r"^ +return self\.down\(self\.up\(x\)\.relu\(\)\)$", text, re.MULTILINE)
+    assert "Operator" not in text
+
+
+def test_repeated_blocks_are_one_row() -> None:
+    text = printed(f"{NETS}:Stack", "--input", "1x8", "--by", "line", "--unit", "mac")
+    numbers = {body.strip(): i for i, body in enumerate(NETS.read_text().splitlines(), 1)}
+    assert re.search(rf"^nets\.py:{numbers['x = block(x)']}  blocks\.0\.\.5\.0 +384  85\.7%$", text, re.MULTILINE)
+    assert re.search(rf"^nets\.py:{numbers['return x @ self.scale']}  \(root\) +64  14\.3%$", text, re.MULTILINE)
+
+
+def test_names_fold_where_only_numbers_differ() -> None:
+    assert fold_names(["a.0.b", "a.1.b", "a.2.b"]) == "a.0..2.b"
+    assert fold_names(["a.0.b", "a.2.b"]) == "a.*.b"
+    assert fold_names(["a.0.b.0", "a.0.b.1"]) == "a.0.b.0..1"
+    assert fold_names(["a.0.b.0", "a.1.b.1"]) == "a.*.b.*"
+    assert fold_names(["layer1.conv2"]) == "layer1.conv2"
+
+
+def test_files_of_one_name_are_told_apart_and_what_is_unknown_is_said() -> None:
+    def row(line: str, flops: int) -> OperatorRow:
+        return OperatorRow(
+            op="aten::mm", fqn="", phase="forward", dtype="float32", operands=(), outputs=(), calls=1, line=line,
+            flops=flops, flops_full=flops, flops_causal=flops,
+        )  # fmt: skip
+
+    profile = Profile(operators=(row("a/net.py:1", 500), row("b/net.py:1", 300), row("", 200)))
+    console = Console(width=80, file=io.StringIO())
+    console.print(lines_table(profile))
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert [part.split() for part in text.splitlines() if part.endswith("%")] == [
+        ["a/net.py:1", "(root)", "500", "50.0%"], ["b/net.py:1", "(root)", "300", "30.0%"],
+        ["(unknown)", "(root)", "200", "20.0%"],
+    ]  # fmt: skip
+    assert lines_table(Profile()).plain == "No counted operator ran."  # type: ignore[union-attr]

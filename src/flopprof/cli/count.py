@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import ast
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from flopprof.cli.output import console, progress, require_writable, write_text
 from flopprof.errors import UncountedOperators, UsageError
+
+if TYPE_CHECKING:
+    from flopprof.profile import Profile
 
 _OPTIONS = "What is run"
 _REPORT = "What is printed"
@@ -88,7 +91,8 @@ def count(
         typer.Option(help="Levels of modules below the root.", metavar="D", min=0, rich_help_panel=_REPORT),
     ] = 3,
     by: Annotated[
-        Literal["module", "operator", "both"], typer.Option(help="Which tables.", rich_help_panel=_REPORT)
+        Literal["module", "operator", "both", "line"],
+        typer.Option(help="Which tables; line: per line of the model's source code.", rich_help_panel=_REPORT),
     ] = "both",
     unit: Annotated[
         Literal["flop", "mac"],
@@ -144,7 +148,7 @@ def count(
             train=train,
             model_args=arguments,
         )
-        profile = workload.count(backward=backward, attention=attention)
+        profile = workload.count(backward=backward, attention=attention, lines=by == "line")
     if strict and profile.uncounted:
         raise UncountedOperators(
             f"{target} runs operators that have no formula: {', '.join(profile.uncounted)}. "
@@ -157,8 +161,17 @@ def count(
     if "-" not in (json, csv):
         from flopprof.report.console import render
 
-        report = render(profile, heading=f"{workload.describe()}, {profile.device}", depth=depth, by=by, unit=unit)
+        heading = f"{workload.describe()}, {profile.device}"
+        sources = _sources(profile) if by == "line" else None
+        report = render(profile, heading=heading, depth=depth, by=by, unit=unit, sources=sources)
         console().print(report, crop=False)
+
+
+def _sources(profile: Profile) -> dict[str, str]:
+    """The text of every source line that the profile names."""
+    from flopprof.counting.lines import source_text
+
+    return {line: source_text(line) for line in profile.by_line()}
 
 
 def parse_model_arg(text: str) -> tuple[str, object]:

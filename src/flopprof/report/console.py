@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain, repeat
 from typing import Literal
@@ -13,10 +13,11 @@ from rich.text import Text
 from flopprof.profile import PHASES, Attention, OperatorRow, Profile
 from flopprof.report.facts import Facts
 from flopprof.report.grid import Column, Grid
+from flopprof.report.lines import lines_table
 from flopprof.report.tree import Node, module_tree
 from flopprof.units import common_step, format_fixed, format_flops, format_share, format_si, unit_name
 
-By = Literal["module", "operator", "both"]
+By = Literal["module", "operator", "both", "line"]
 Unit = Literal["flop", "mac"]
 
 DEFAULT_DEPTH = 3
@@ -30,12 +31,18 @@ _CONVENTIONS: dict[Attention, str] = {
 
 
 def render(
-    profile: Profile, *, heading: str = "", depth: int = DEFAULT_DEPTH, by: By = "both", unit: Unit = "flop"
+    profile: Profile,
+    *,
+    heading: str = "",
+    depth: int = DEFAULT_DEPTH,
+    by: By = "both",
+    unit: Unit = "flop",
+    sources: Mapping[str, str] | None = None,
 ) -> RenderableType:
     """The whole report as one renderable; width, colour and file are its printer's.
 
     heading describes what was run (inputs, mode, device). depth: levels below the root. unit: `flop`, or `mac` for
-    multiply-adds everywhere.
+    multiply-adds everywhere. sources: the text of source lines, for by="line".
     """
     view = _View(profile, unit, tuple(_phases(profile)))
     title = ", ".join(part for part in (profile.target, heading) if part)
@@ -44,6 +51,8 @@ def render(
         parts += [*_modules(view, depth), Text()]
     if by in ("operator", "both"):
         parts += [_operators(view), Text()]
+    if by == "line":
+        parts += [lines_table(profile, sources, unit=unit), Text()]
     parts.append(Facts(list(_totals(view))))
     return Group(*parts)
 

@@ -32,7 +32,7 @@ class Column:
 
 @dataclass(frozen=True)
 class Grid:
-    """Rows of cells under their columns, rendered to the width at hand."""
+    """Rows of cells under their columns, rendered to the width at hand; a row of one cell goes across all columns."""
 
     columns: Sequence[Column]
     rows: Sequence[Sequence[str]]
@@ -46,7 +46,10 @@ class Grid:
             yield self._line([head[line] if line < len(head) else "" for head in heads], kept, widths, ellipsis, "bold")
         yield _one_line("-" * (sum(widths[i] for i in kept) + _GAP * (len(kept) - 1)), "dim")
         for row in self.rows:
-            yield self._line(row, kept, widths, ellipsis, "")
+            if len(row) == 1:  # a remark across all columns
+                yield _one_line(elide(row[0], options.max_width, ellipsis), "dim")
+            else:
+                yield self._line(row, kept, widths, ellipsis, "")
         left_out = [self.columns[i].head.replace("\n", " ") for i in range(len(self.columns)) if i not in kept]
         if left_out:
             yield Facts([("", f"(not shown for want of width: {', '.join(left_out)})")])
@@ -54,7 +57,10 @@ class Grid:
     def _layout(self, available: int) -> tuple[list[int], dict[int, int]]:
         """Which columns are kept, and how wide each is."""
         natural = [
-            max([cell_len(line) for line in column.head.split("\n")] + [cell_len(row[i]) for row in self.rows])
+            max(
+                [cell_len(line) for line in column.head.split("\n")]
+                + [cell_len(row[i]) for row in self.rows if len(row) > 1]
+            )
             for i, column in enumerate(self.columns)
         ]
         kept = list(range(len(self.columns)))
