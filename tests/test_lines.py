@@ -381,12 +381,12 @@ def test_files_of_one_name_are_told_apart_and_what_is_unknown_is_said() -> None:
             flops=flops, flops_full=flops, flops_causal=flops,
         )  # fmt: skip
 
-    profile = Profile(operators=(row("a/net.py:1", 500), row("b/net.py:1", 300), row("", 200)))
+    profile = Profile(operators=(row("a/net.py:1", 250), row("b/net.py:1", 150), row("", 100)))
     console = Console(width=80, file=io.StringIO())
     console.print(lines_table(profile))
     text = console.file.getvalue()  # type: ignore[attr-defined]
     assert [part.split() for part in text.splitlines() if part.endswith("%")] == [
-        ["a/net.py:1", "(root)", "500", "50.0%"], ["b/net.py:1", "(root)", "300", "30.0%"],
-        ["(unknown)", "(root)", "200", "20.0%"],
+        ["a/net.py:1", "(root)", "250", "50.0%"], ["b/net.py:1", "(root)", "150", "30.0%"],
+        ["(unknown)", "(root)", "100", "20.0%"],
     ]  # fmt: skip
     assert lines_table(Profile()).plain == "No counted operator ran."  # type: ignore[union-attr]
