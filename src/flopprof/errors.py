@@ -31,6 +31,10 @@ class ValuesUnknown(FlopprofError, NotImplementedError):
     """The model asks for values of a tensor on the meta device, which has none. As torch's own, a RuntimeError."""
 
 
+class Untraceable(FlopprofError):
+    """No graph can be made of the model; the message names the construct and the model's line. count() runs it."""
+
+
 class UncountedOperators(FlopprofError):
     """`--strict` was given and some operator has no formula."""
 

@@ -1,0 +1,208 @@
+"""trace(): the Profile of a model from its graph, without data, weights or kernels."""
+
+from __future__ import annotations
+
+import linecache
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal
+
+import msgspec
+import torch
+from torch import nn
+
+from flopprof.counting import graph_fx
+from flopprof.counting.count import _own as own_inputs
+from flopprof.counting.count import _to_differentiate as to_differentiate
+from flopprof.counting.gradients import Flow, Value, reach, tensors_of
+from flopprof.counting.graph_export import Exported, export, read
+from flopprof.counting.graph_rows import Rows, step_cost
+from flopprof.counting.graph_walk import Walk
+from flopprof.counting.preserve import modules_within, preserved
+from flopprof.counting.runtime import FlopCounter
+from flopprof.errors import Untraceable, UsageError
+from flopprof.profile import Attention, Profile
+
+Engine = Literal["auto", "fx", "export"]
+_ENGINES = ("auto", "fx", "export")
+
+REPLAYED = "Checkpointed regions run again in backward: that recomputation is not in a graph, and not in these counts."
+CUSTOM = (
+    "{}: the backward of a custom autograd.Function is not in the graph: it was taken to be what autograd would run "
+    "for its forward."
+)
+
+
+def trace(
+    model: nn.Module | torch.export.ExportedProgram,
+    *args: Any,
+    backward: bool = False,
+    loss: Callable[[Any], torch.Tensor] | None = None,
+    engine: Engine = "auto",
+    attention: Attention = "full",
+    **kwargs: Any,
+) -> Profile:
+    """FLOPs of `model(*args, **kwargs)` from its graph: the same Profile as count(), without running a kernel.
+
+    model      a module, a GraphModule or an ExportedProgram, on any device (its example inputs are its arguments)
+    backward   also the backward pass of `loss(output)`, or of the sum of the output's floating tensors
+    engine     `fx`: torch.fx's symbolic trace, each node run on meta; `export`: torch.export's graph, only read;
+               `auto`: fx where it traces and proves equal to a counted forward, else export
+    attention  `full` counts every query-key pair, `causal` only those that the operator's mask lets through
+
+    Raises Untraceable, naming the construct and the line of the model that stopped it, and UsageError.
+
+    >>> import torch
+    >>> trace(torch.nn.Linear(4, 5), torch.randn(3, 4), backward=True).by_phase()
+    {'forward': 120, 'backward': 120, 'recompute': 0, 'optimizer': 0}
+    """
+    if engine not in _ENGINES:
+        raise UsageError(f"engine {engine!r} is none of {', '.join(_ENGINES)}.")
+    if attention not in ("full", "causal"):
+        raise UsageError(f"attention {attention!r} is neither 'full' nor 'causal'.")
+    backward = backward or loss is not None
+    if isinstance(model, torch.export.ExportedProgram):
+        return _finished(_program(model, engine, loss, backward), attention)
+    if not isinstance(model, nn.Module):
+        raise UsageError(f"trace takes a module or an exported program, got {type(model).__name__}: use count.")
+    profile = None
+    if engine != "export":
+        profile = _by_fx(model, args, kwargs, loss, backward, insist=engine == "fx")
+    if profile is None:
+        profile = _by_export(model, args, kwargs, loss, backward)
+    return _finished(profile, attention)
+
+
+def _finished(profile: Profile, attention: Attention) -> Profile:
+    return msgspec.structs.replace(profile, device="meta").with_attention(attention)
+
+
+# --- torch.export ----------------------------------------------------------------------------------------------------
+def _program(program: torch.export.ExportedProgram, engine: Engine, loss: Any, backward: bool) -> Profile:
+    if engine == "fx":
+        raise UsageError("an ExportedProgram is a graph of torch.export: leave engine='fx' out.")
+    if loss is not None:
+        raise UsageError("an ExportedProgram returns its tensors alone: give trace the module to have loss= applied.")
+    exported = read(program)
+    rows, assumptions = _read(exported, backward)
+    profile = rows.extend(rows.tally.profile(exported.frames, None))
+    parameters = {id(tensor): tensor for _name, tensor in program.named_parameters()}.values()
+    return msgspec.structs.replace(
+        profile,
+        assumptions=(*profile.assumptions, *assumptions),
+        n_params=sum(tensor.numel() for tensor in parameters),
+        n_params_trainable=sum(tensor.numel() for tensor in parameters if tensor.requires_grad),
+    )
+
+
+def _by_export(model: nn.Module, args: Any, kwargs: Any, loss: Any, backward: bool) -> Profile:
+    counter = FlopCounter(model)
+    with preserved(modules_within(model, args, kwargs, loss), (args, kwargs)):
+        try:
+            exported = export(model, args, kwargs, loss, counter)
+        except Exception as error:
+            raise _untraceable("torch.export", model, error) from error
+        rows, assumptions = _read(exported, backward)
+        profile = rows.extend(rows.tally.profile(exported.frames, model))
+    return msgspec.structs.replace(profile, assumptions=(*profile.assumptions, *assumptions))
+
+
+def _read(exported: Exported, backward: bool) -> tuple[Rows, list[str]]:
+    """Rows of every call in the graph, and what had to be guessed."""
+    program, flow = exported.program, Flow()
+    values: dict[str, list[Value]] = {}
+    for node in program.graph.nodes:
+        if node.op == "placeholder":
+            held = tensors_of(node.meta.get("val"))
+            if any(not isinstance(size, int) for tensor in held for size in tensor.shape):
+                raise UsageError(
+                    f"{node.name} has the shape {tuple(held[0].shape)}, which is not fixed: export the program "
+                    "without dynamic shapes, or give trace the module with dynamic=."
+                )
+            source = exported.sources.get(node.name)
+            values[node.name] = [flow.leaf(wants=backward and tensor.requires_grad, source=source) for tensor in held]
+    walk = Walk(flow, exported.frame_of, step_cost)
+    returned = walk.graph(program.graph_module, values, exported.frames[""])
+    kinds = [spec.kind.name for spec in program.graph_signature.output_specs]
+    if backward:
+        outputs = [
+            value
+            for kind, (shown, held_values) in zip(kinds, returned, strict=True)
+            for tensor, value in zip(tensors_of(shown), held_values, strict=True)
+            if kind == "USER_OUTPUT" and (tensor.is_floating_point() or tensor.is_complex())
+        ]
+        reach(outputs)
+    rows = Rows()
+    rows.add(flow)
+    assumptions = list(walk.assumptions)
+    if backward:
+        assumptions += [CUSTOM.format(name) for name in exported.functions]
+        assumptions += [REPLAYED] if exported.replays else []
+    return rows, assumptions
+
+
+# --- torch.fx --------------------------------------------------------------------------------------------------------
+def _by_fx(model: nn.Module, args: Any, kwargs: Any, loss: Any, backward: bool, *, insist: bool) -> Profile | None:
+    """The profile of the model's fx graph; None where there is none that proves right and nobody insists on it."""
+    modules = modules_within(model, args, kwargs, loss)
+    with preserved(modules, (args, kwargs)) as keep, graph_fx.on_meta(modules) as move:
+        args, kwargs = own_inputs(move(args)), own_inputs(move(kwargs))
+        graded = torch.enable_grad() if backward else torch.set_grad_enabled(torch.is_grad_enabled())
+        with graded:
+            try:
+                traced = graph_fx.symbolic_trace(model, args, kwargs, loss)
+                counter = FlopCounter(model)
+                with counter:
+                    leaves = to_differentiate(graph_fx.run(traced, counter), None)
+                forward = counter.profile
+                counted = FlopCounter(model)
+                with counted:
+                    output = model(*args, **kwargs)
+                    if loss is not None:
+                        loss(output)
+            except Exception as error:
+                if insist:
+                    raise _untraceable("torch.fx", model, error) from error
+                return None
+            if _said(forward) != _said(counted.profile):
+                if insist:
+                    raise Untraceable(
+                        f"torch.fx's graph of {type(model).__name__} does not run what the model runs "
+                        f"({forward.forward_flops} FLOPs instead of {counted.profile.forward_flops}): "
+                        "use engine='export', or count."
+                    )
+                return None
+            if backward and leaves:
+                keep.gradients(leaves)
+                with counter:
+                    torch.autograd.backward(leaves, [torch.ones_like(leaf) for leaf in leaves])
+        return counter.profile
+
+
+def _said(profile: Profile) -> Any:
+    return profile.by_module("forward", own=True), profile.uncounted, profile.elementwise_flops, profile.causal_flops
+
+
+# --- errors ----------------------------------------------------------------------------------------------------------
+def _untraceable(tracer: str, model: nn.Module, error: Exception) -> Untraceable:
+    line = _line_of_model(error.__traceback__)
+    reason = (str(error).strip() or "no reason given").splitlines()[0].rstrip(".")
+    where = f" at {line}" if line else ""
+    return Untraceable(
+        f"{tracer} cannot trace {type(model).__name__}{where}: {type(error).__name__}: {reason}. "
+        "Use flopprof.count, which runs the model."
+    )
+
+
+def _line_of_model(trace: TracebackType | None) -> str:
+    """`file.py:12 (the source line)`: the innermost one that is neither torch's nor ours; empty if there is none."""
+    ours = (Path(torch.__file__).parent, Path(__file__).parent)
+    found = ""
+    while trace is not None:
+        file = Path(trace.tb_frame.f_code.co_filename)
+        if file.suffix == ".py" and not any(folder in file.parents for folder in ours):
+            code = linecache.getline(str(file), trace.tb_lineno).strip()
+            found = f"{file.name}:{trace.tb_lineno} ({code})"
+        trace = trace.tb_next
+    return found
