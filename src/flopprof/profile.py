@@ -9,6 +9,7 @@ from typing import Literal
 import msgspec
 
 from flopprof.errors import InvalidProfile, NoForm, UsageError
+from flopprof.forms import Form
 from flopprof.rows import (
     PHASES,
     Attention,
@@ -17,6 +18,7 @@ from flopprof.rows import (
     ModuleRow,
     Operand,
     OperatorRow,
+    ParameterRow,
     Phase,
     UncountedRow,
 )
@@ -31,6 +33,7 @@ __all__ = [
     "ModuleRow",
     "Operand",
     "OperatorRow",
+    "ParameterRow",
     "Phase",
     "Profile",
     "UncountedRow",
@@ -57,6 +60,7 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True):
     samples: int | None = None
     n_params: int = 0
     n_params_trainable: int = 0
+    parameters: tuple[ParameterRow, ...] = ()
     target: str = ""
     torch_version: str = ""
     forms: Forms | None = None
@@ -207,15 +211,17 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True):
         if phase is not None and phase not in PHASES:
             raise ValueError(f"phase {phase!r} is none of {', '.join(PHASES)}.")
         phases = (phase,) if phase else ("forward", "backward") if of == "flops" else PHASES
-        chosen = (
-            getattr(row, name)
-            for row in rows
-            if row.phase in phases
-            and op in (None, row.op)
-            and (module is None or module == row.fqn or (not own and module in ancestors(row.fqn)))
-        )
-        text = f"{label} = {forms.total(chosen)}"
-        return f"{text}  where {', '.join(map(str, forms.conditions))}" if forms.conditions else text
+
+        def chosen(forms: Forms) -> Form:
+            return forms.total(
+                getattr(row, name)
+                for row in (forms.elementwise if of == "elementwise" else forms.operators)
+                if row.phase in phases
+                and op in (None, row.op)
+                and (module is None or module == row.fqn or (not own and module in ancestors(row.fqn)))
+            )
+
+        return forms.spell(label, chosen)
 
     def at(self, **sizes: int) -> Profile:
         """The profile at other sizes, from the closed forms: totals at once, rows when they are first read.

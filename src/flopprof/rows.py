@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import msgspec
@@ -13,13 +14,17 @@ PHASES: tuple[Phase, ...] = ("forward", "backward", "recompute", "optimizer")
 
 
 class Operand(msgspec.Struct, frozen=True, kw_only=True):
-    """One tensor that a counted operator read: what it is, and whether a gradient of it is wanted."""
+    """One tensor that a counted operator read: what it is, and whether a gradient of it is wanted.
+
+    factor: it is multiplied (a bias is only added).
+    """
 
     shape: tuple[int, ...]
     dtype: str
     kind: Kind = "activation"
     name: str = ""
     requires_grad: bool = False
+    factor: bool = False
 
 
 class OperatorRow(msgspec.Struct, frozen=True, kw_only=True):
@@ -28,6 +33,8 @@ class OperatorRow(msgspec.Struct, frozen=True, kw_only=True):
     flops follows the profile's attention convention; flops_full and flops_causal hold both. mask_known tells
     whether the operator itself said which pairs it computes (otherwise causal equals full). bytes: each
     operand read once, each result written once. parameter: the one it multiplies, or whose gradient it makes.
+    Operands are those of the first call; later ones may differ in what is only added. site names a forward row
+    (rows inside one autograd node share it); joined_to is the site of the row that a backward row differentiates.
     """
 
     op: str
@@ -44,6 +51,8 @@ class OperatorRow(msgspec.Struct, frozen=True, kw_only=True):
     bytes: int = 0
     parameter: str = ""
     line: str = ""
+    site: str = ""
+    joined_to: str = ""
 
     @property
     def shapes(self) -> tuple[tuple[int, ...], ...]:
@@ -86,3 +95,17 @@ class ModuleRow(msgspec.Struct, frozen=True, kw_only=True):
     parameters: int = 0
     own_parameters: int = 0
     output_shape: tuple[int, ...] | None = None
+
+
+class ParameterRow(msgspec.Struct, frozen=True, kw_only=True):
+    """One parameter under its first name; tied ones once."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str = "float32"
+    trainable: bool = True
+
+    @property
+    def numel(self) -> int:
+        """How many elements it has."""
+        return math.prod(self.shape)

@@ -176,7 +176,7 @@ def _nearest(fqns: list[str], parent: str) -> str:
 
 
 class Timeline:
-    """Frames and parameters over autograd sequence numbers: `owner(n)` ran when node n was made.
+    """Frames and counted calls over autograd sequence numbers: `owner(n)` ran when node n was made.
 
     A graph that is gone needs no notes. What a backward pass freed is forgotten once the table has doubled, the
     latest passes excepted; of graphs that no backward ran over, the oldest notes go when there are too many.
@@ -186,7 +186,7 @@ class Timeline:
         self._root = root
         self._starts = array("q", [-1])
         self._owners: list[Frame] = [root]
-        self._sites: dict[int, str] = {}
+        self._sites: dict[int, Any] = {}
         self._lines: dict[int, str] = {}
         self._latest: deque[set[int]] = deque()
         self._freed: set[int] = set()
@@ -210,9 +210,14 @@ class Timeline:
         index = bisect_right(self._starts, sequence) - 1
         return self._starts[index], self._owners[index]
 
-    def remember(self, sequence: int, parameter: str) -> None:
-        """Node number `sequence` multiplies this parameter: its backward will want to know."""
-        self._sites[sequence] = parameter
+    def remember(self, sequence: int, row: Any) -> None:
+        """Node number `sequence` was made by a call of this row: its backward will want to know.
+
+        Of several counted operators inside one node, all rows are joined to the first.
+        """
+        first = self._sites.setdefault(sequence, row)
+        if first is not row and row.joint is None:
+            row.joint = first
         if len(self._sites) > _MOST_SITES:
             for old in list(self._sites)[: _MOST_SITES // 2]:
                 del self._sites[old]
@@ -229,9 +234,9 @@ class Timeline:
         """The line that called the forward operator of node number `sequence`, empty where it is not known."""
         return self._lines.get(sequence, "")
 
-    def parameter(self, sequence: int) -> str:
-        """The parameter that node number `sequence` multiplies, empty where it is none."""
-        return self._sites.get(sequence, "")
+    def made_by(self, sequence: int) -> Any:
+        """The row whose call made node number `sequence`; None where it is not known."""
+        return self._sites.get(sequence)
 
     def freed(self, intervals: set[int], sites: list[int]) -> None:
         """A backward pass ran over nodes of these intervals, and over these sites, and freed them."""

@@ -298,16 +298,19 @@ class FlopCounter(TorchDispatchMode):
         elif frame.visible is not None:  # unfused attention: its products do not know the mask that its caller gave
             known = True
             causal = flops * frame.visible[0] // frame.visible[1]
-        if not parameter and (phase == "backward" or phase == "recompute"):  # noqa: PLR1714 - a set costs more
-            parameter = self.where.parameter()
-        if wanted and parameter:
-            self.where.remember(parameter)
+        origin = None
+        if phase == "backward" or phase == "recompute":  # noqa: PLR1714 - a set costs more
+            origin = self.where.origin()
         self.counted_calls += 1
-        key = (entry, frame, phase, parameter, identity, flops, causal, known)
+        key = (entry, frame, phase, origin, identity, flops, causal, known)
         row = self._tally.counted.get(key)
         if row is None:
-            row = self._tally.add_row(key, self._sources.describe(args, kwargs), out)
+            if not parameter and origin is not None:
+                parameter = origin.parameter
+            row = self._tally.add_row(key, parameter, self._sources.describe(args, kwargs), out)
         row.calls += 1
+        if wanted:
+            self.where.remember(row)
 
     def _count_at_line(self, entry: Entry, frame: Frame, phase: Phase, signed: Any, *call: Any) -> None:
         """As _count, of the line that runs; a backward operator's is that of its forward."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from flopprof.profile import (
     ModuleRow,
     Operand,
     OperatorRow,
+    ParameterRow,
     Phase,
     Profile,
     UncountedRow,
@@ -31,9 +32,11 @@ _ACTIVATION = Source("activation", "")
 class Row:
     """Calls of one counted operator that nothing distinguishes, described by the first of them."""
 
-    __slots__ = ("calls", "operands", "outputs")
+    __slots__ = ("calls", "joint", "operands", "outputs", "parameter")
 
-    def __init__(self, operands: tuple[Any, ...], outputs: tuple[tuple[Any, torch.dtype], ...]) -> None:
+    def __init__(self, parameter: str, operands: tuple[Any, ...], outputs: tuple[tuple[Any, torch.dtype], ...]) -> None:
+        self.parameter = parameter  # multiplied, or its gradient made
+        self.joint: Row | None = None  # the row that made the autograd node whose backward this one shares
         self.operands = operands  # of each tensor: position of its argument, shape, dtype, gradient wanted, source
         self.outputs = outputs  # shape and dtype of each result
         self.calls = 0
@@ -43,20 +46,21 @@ class Tally:
     """Calls by everything that distinguishes them; their number does not grow with repeated steps."""
 
     def __init__(self) -> None:
-        # (entry, frame, phase, parameter, identity of the factors, flops, causal flops, mask known)
+        # (entry, frame, phase, row of the forward operator, identity of the factors, flops, causal flops, mask known)
         self.counted: dict[tuple[Any, ...], Row] = {}
         # (entry, frame, phase, flops) -> calls
         self.elementwise: dict[tuple[Entry, Frame, Phase, int], int] = {}
         self.uncounted: dict[tuple[str, Frame, Phase, Any, str], int] = {}
         self.assumptions: dict[str, None] = {}
         self.device: str | None = None
-        self._sizes = (0, 0)  # parameters, trainable ones
+        self._parameters: tuple[ParameterRow, ...] = ()
+        self._packed = 0  # elements of packed weights, which are no Parameters
 
-    def add_row(self, key: tuple[Any, ...], operands: tuple[Any, ...], out: Any) -> Row:
+    def add_row(self, key: tuple[Any, ...], parameter: str, operands: tuple[Any, ...], out: Any) -> Row:
         """The row of calls that were not seen before."""
         results = (out,) if isinstance(out, torch.Tensor) else out if isinstance(out, list | tuple) else ()
         tensors = [item for item in results if isinstance(item, torch.Tensor)]
-        row = self.counted[key] = Row(operands, tuple((tensor.shape, tensor.dtype) for tensor in tensors))
+        row = self.counted[key] = Row(parameter, operands, tuple((tensor.shape, tensor.dtype) for tensor in tensors))
         if self.device is None:
             self.device = device_of(out)
         return row
@@ -69,11 +73,11 @@ class Tally:
     def measure(self, frames: Collection[Frame], model: torch.nn.Module | None) -> None:
         """Note how many parameters there are, in all and in each module, while the modules live."""
         _measure(frames, model)
-        parameters = _unique_parameters(frames, model)
-        count = sum(parameter.numel() for parameter in parameters)
-        packed = sum(_packed(module) for module in {id(m): m for m in _modules(frames, model)}.values())
-        if count + packed >= self._sizes[0]:
-            self._sizes = count + packed, sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
+        modules = _modules(frames, model)
+        parameters = _unique_parameters(modules)
+        packed = sum(_packed(module) for _name, module in modules)
+        if _elements(parameters) + packed >= _elements(self._parameters) + self._packed:
+            self._parameters, self._packed = parameters, packed
 
     def profile(
         self, frames: dict[str, Frame], model: torch.nn.Module | None, attention: Attention = "full"
@@ -81,7 +85,8 @@ class Tally:
         """Everything so far, names resolved."""
         ordered = _in_order(frames, model)
         self.measure(ordered, model)
-        rows = tuple(_operator_row(key, row, attention) for key, row in self.counted.items())
+        sites = _sites(self.counted)
+        rows = tuple(_operator_row(key, row, sites, attention) for key, row in self.counted.items())
         return Profile(
             modules=tuple(_module_row(frame) for frame in ordered),
             operators=rows,
@@ -93,20 +98,41 @@ class Tally:
             assumptions=tuple(self.assumptions),
             attention=attention,
             device=self.device or "cpu",
-            n_params=self._sizes[0],
-            n_params_trainable=self._sizes[1],
+            n_params=_elements(self._parameters) + self._packed,
+            n_params_trainable=_elements(row for row in self._parameters if row.trainable),
+            parameters=self._parameters,
             torch_version=str(torch.__version__),
         )
 
 
-def _operator_row(key: Any, row: Row, attention: Attention) -> OperatorRow:
-    entry, frame, phase, parameter, _identity, flops, causal, known = key
+def _sites(counted: dict[tuple[Any, ...], Row]) -> dict[Row, str]:
+    """A name for every row that others are joined to, and for every forward one: `layers.0.mlp#2`."""
+    origins = {origin for _entry, _frame, _phase, origin, *_rest in counted if origin is not None}
+    numbers: dict[str, int] = {}
+    sites: dict[Row, str] = {}
+    for (_entry, frame, phase, *_rest), row in counted.items():
+        if phase == "forward" or row in origins:
+            if row.joint is not None and row.joint in sites:
+                sites[row] = sites[row.joint]
+            else:
+                number = numbers[frame.fqn] = numbers.get(frame.fqn, -1) + 1
+                sites[row] = f"{frame.fqn}#{number}"
+    return sites
+
+
+def _operator_row(key: Any, row: Row, sites: dict[Row, str], attention: Attention) -> OperatorRow:
+    entry, frame, phase, origin, _identity, flops, causal, known = key
     calls, operands, moved, multiplied = row.calls, [], 0, []
     for position, shape, dtype, wants, source in zip(*[iter(row.operands)] * 5, strict=True):
         kind, name = source or _ACTIVATION
-        operands.append(Operand(shape=tuple(shape), dtype=dtype_name(dtype), kind=kind, name=name, requires_grad=wants))
+        factor = position in entry.positions
+        operands.append(
+            Operand(
+                shape=tuple(shape), dtype=dtype_name(dtype), kind=kind, name=name, requires_grad=wants, factor=factor
+            )
+        )
         moved += _size(shape) * dtype.itemsize
-        if position in entry.positions:
+        if factor:
             multiplied.append((dtype, source))
     for shape, dtype in row.outputs:
         moved += _size(shape) * dtype.itemsize
@@ -126,7 +152,9 @@ def _operator_row(key: Any, row: Row, attention: Attention) -> OperatorRow:
         flops_causal=causal,
         mask_known=known,
         bytes=calls * moved,
-        parameter=parameter,
+        parameter=row.parameter,
+        site=sites.get(row, ""),
+        joined_to=sites.get(origin, ""),
         line=shorten(frame.line) if frame.line else "",
     )
 
@@ -217,17 +245,35 @@ def _measure(frames: Iterable[Frame], model: torch.nn.Module | None) -> None:
             )
 
 
-def _modules(frames: Iterable[Frame], model: torch.nn.Module | None) -> Iterator[torch.nn.Module]:
-    if model is not None:
-        yield from model.modules()
-    for frame in frames:
-        if frame.module is not None and (module := frame.module()) is not None:
-            yield from module.modules()
+def _modules(frames: Iterable[Frame], model: torch.nn.Module | None) -> list[tuple[str, torch.nn.Module]]:
+    """Every module once, under its first name."""
+    roots = [("", model)] if model is not None else []
+    roots += [(frame.fqn, module) for frame in frames if frame.module is not None and (module := frame.module())]
+    found: dict[int, tuple[str, torch.nn.Module]] = {}
+    for fqn, root in roots:
+        if id(root) not in found:
+            for name, module in walk(root, fqn):
+                found.setdefault(id(module), (name, module))
+    return list(found.values())
 
 
-def _unique_parameters(frames: Iterable[Frame], model: torch.nn.Module | None) -> list[torch.nn.Parameter]:
-    unique = {id(p): p for module in _modules(frames, model) for p in module._parameters.values() if p is not None}
-    return [parameter for parameter in unique.values() if _numel(parameter)]
+def _unique_parameters(modules: Iterable[tuple[str, torch.nn.Module]]) -> tuple[ParameterRow, ...]:
+    """Tied ones once; those that are not initialised yet have no shape, and no row."""
+    unique: dict[int, ParameterRow] = {}
+    for fqn, module in modules:
+        for key, parameter in module._parameters.items():
+            if parameter is not None and id(parameter) not in unique and _numel(parameter):
+                unique[id(parameter)] = ParameterRow(
+                    name=f"{fqn}.{key}" if fqn else key,
+                    shape=tuple(parameter.shape),
+                    dtype=dtype_name(parameter.dtype),
+                    trainable=parameter.requires_grad,
+                )
+    return tuple(unique.values())
+
+
+def _elements(parameters: Iterable[ParameterRow]) -> int:
+    return sum(parameter.numel for parameter in parameters)
 
 
 def _packed(module: torch.nn.Module) -> int:

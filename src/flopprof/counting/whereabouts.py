@@ -121,18 +121,20 @@ class Whereabouts:
             timeline = self._timelines[thread] = Timeline(self.names.root)
         return timeline
 
-    def remember(self, parameter: str) -> None:
-        """The operator that runs now multiplies this parameter, in the node made last."""
+    def remember(self, row: Any) -> None:
+        """The operator that ran just now, a call of this row, is differentiated by the node made last."""
         timeline = self._timeline if self._pass is None else self._here()
-        timeline.remember(_sequence() - 1, parameter)
+        timeline.remember(_sequence() - 1, row)
 
-    def parameter(self) -> str:
-        """The parameter that the forward of the running backward operator multiplied."""
+    def origin(self) -> Any:
+        """The row of the forward operator that the running backward operator differentiates; None: not known."""
+        if self._checkpoints:  # what is replayed differentiates nothing
+            return None
         current = self._pass
         if current is None:
-            return self._timeline.parameter(self._owned)
+            return self._timeline.made_by(self._owned)
         current.sites.append(self._owned)
-        return current.timeline.parameter(self._owned)
+        return current.timeline.made_by(self._owned)
 
     def remember_line(self, line: str, *, first: bool = False) -> None:
         """The operator that runs now, in the node made last, was called on this line; `first`: unless one is known."""
