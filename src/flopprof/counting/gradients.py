@@ -69,6 +69,12 @@ class Value:
         """The call that a gradient of this tensor goes to next."""
         return self.group.writer if self.group.stamp > self.stamp else self.maker
 
+    def origin(self) -> tuple[Any, Any] | None:
+        """What tells whether two readers of it send their gradients to one place; None: nobody wants one."""
+        if self.group.stamp > self.stamp:
+            return self.group.writer, self.group
+        return (self.maker, self) if self.maker is not None else (self, None) if self.leaf else None
+
     def wants(self) -> bool:
         """Does autograd want its gradient?"""
         return self.leaf or self.producer() is not None
@@ -78,18 +84,21 @@ class Step:
     """One operator call of a graph: its arguments as shaped things, and what autograd knows of it."""
 
     __slots__ = (
-        "args", "edges", "entry", "frame", "inside", "kwargs", "live", "operands", "out", "results", "times", "wants",
+        "args", "edges", "entry", "frame", "kwargs", "line", "live", "operands", "origins", "out", "times", "wants",
     )  # fmt: skip
 
-    def __init__(self, entry: Entry, args: Any, kwargs: Any, out: Any, frame: Frame, times: int) -> None:
+    def __init__(
+        self, entry: Entry, args: Any, kwargs: Any, out: Any, frame: Frame, times: int, line: str = ""
+    ) -> None:
         self.entry = entry
         self.args = args
         self.kwargs = kwargs
         self.out = out
         self.frame = frame
+        self.line = line
         self.times = times  # a call inside a scanned body runs once for each element
         self.operands: list[tuple[int, Any, Value]] = []  # of each tensor: position of its argument, itself, value
-        self.results: list[Value] = []
+        self.origins: list[tuple[Any, Any] | None] = []  # of each operand: where its gradient goes
         self.wants: tuple[bool, ...] = ()  # of each operand, as the call saw it
         self.edges: list[Step] = []
         self.live = False  # a backward pass runs it
@@ -116,6 +125,7 @@ class Flow:
         entry, values = step.entry, [value for _position, _tensor, value in operands]
         step.operands = operands
         step.wants = tuple(graded and value.wants() for value in values)
+        step.origins = [value.origin() if want else None for value, want in zip(values, step.wants, strict=True)]
         self.steps.append(step)
         passed = step.wants[:1] if entry.name in FIRST_ONLY else step.wants
         differentiated = any(passed) and entry.name not in CUTS
@@ -126,9 +136,10 @@ class Flow:
         for position, _tensor, value in operands:
             if position in known.written:
                 _write(value, step if differentiated else None, entry.name)
-        for index, tensor in enumerate(tensors_of(step.out)):
-            step.results.append(_result(step, tensor, known, known.of(index), differentiated, graded))
-        return step.results
+        return [
+            _result(step, tensor, known, known.of(index), differentiated, graded)
+            for index, tensor in enumerate(tensors_of(step.out))
+        ]
 
 
 def _result(
@@ -190,6 +201,8 @@ class _Aliases:
             frozenset(i for i, alias in arguments if item.alias_info and alias.before_set & item.alias_info.before_set)
             for item in (schema.returns if schema else ())
         ]
+        if schema and len(schema.returns) == 1 and not self.results[0]:  # Tensor(a -> *) self -> Tensor(a)[]
+            self.results = [frozenset(i for i, alias in arguments if "*" in alias.after_set and not alias.is_write)]
         self.composite = schema is not None and _composite(func)
 
     def of(self, index: int) -> frozenset[int]:

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from flopprof.counting import graph_fx
+from flopprof.counting.attribution import Frame
 from flopprof.counting.count import _own as own_inputs
 from flopprof.counting.count import _to_differentiate as to_differentiate
 from flopprof.counting.gradients import Flow, Value, reach, tensors_of
@@ -22,7 +23,7 @@ from flopprof.counting.graph_walk import Walk
 from flopprof.counting.preserve import modules_within, preserved
 from flopprof.counting.runtime import FlopCounter
 from flopprof.errors import Untraceable, UsageError
-from flopprof.profile import Attention, Profile
+from flopprof.profile import Attention, ModuleRow, Profile
 
 Engine = Literal["auto", "fx", "export"]
 _ENGINES = ("auto", "fx", "export")
@@ -86,13 +87,28 @@ def _program(program: torch.export.ExportedProgram, engine: Engine, loss: Any, b
         raise UsageError("an ExportedProgram returns its tensors alone: give trace the module to have loss= applied.")
     exported = read(program)
     rows, assumptions = _read(exported, backward)
-    profile = rows.extend(rows.tally.profile(exported.frames, None))
+    profile = rows.extend(Profile(modules=_modules(program, exported.frames), torch_version=str(torch.__version__)))
     parameters = {id(tensor): tensor for _name, tensor in program.named_parameters()}.values()
     return msgspec.structs.replace(
         profile,
         assumptions=(*profile.assumptions, *assumptions),
         n_params=sum(tensor.numel() for tensor in parameters),
         n_params_trainable=sum(tensor.numel() for tensor in parameters if tensor.requires_grad),
+    )
+
+
+def _modules(program: torch.export.ExportedProgram, frames: dict[str, Frame]) -> tuple[ModuleRow, ...]:
+    """The modules that the program's nodes name; parameters by the names that they have in it."""
+    sizes = {name: tensor.numel() for name, tensor in program.named_parameters()}
+    return tuple(
+        ModuleRow(
+            fqn=frame.fqn,
+            cls=frame.cls,
+            calls=frame.calls,
+            parameters=sum(size for name, size in sizes.items() if not frame.fqn or name.startswith(f"{frame.fqn}.")),
+            own_parameters=sum(size for name, size in sizes.items() if name.rpartition(".")[0] == frame.fqn),
+        )
+        for frame in frames.values()
     )
 
 
@@ -104,7 +120,7 @@ def _by_export(model: nn.Module, args: Any, kwargs: Any, loss: Any, backward: bo
         except Exception as error:
             raise _untraceable("torch.export", model, error) from error
         rows, assumptions = _read(exported, backward)
-        profile = rows.extend(rows.tally.profile(exported.frames, model))
+        profile = rows.extend(counter.profile)
     return msgspec.structs.replace(profile, assumptions=(*profile.assumptions, *assumptions))
 
 
@@ -125,16 +141,17 @@ def _read(exported: Exported, backward: bool) -> tuple[Rows, list[str]]:
     walk = Walk(flow, exported.frame_of, step_cost)
     returned = walk.graph(program.graph_module, values, exported.frames[""])
     kinds = [spec.kind.name for spec in program.graph_signature.output_specs]
+    outputs: list[Value] = []
     if backward:
         outputs = [
             value
             for kind, (shown, held_values) in zip(kinds, returned, strict=True)
             for tensor, value in zip(tensors_of(shown), held_values, strict=True)
-            if kind == "USER_OUTPUT" and (tensor.is_floating_point() or tensor.is_complex())
+            if kind == "USER_OUTPUT" and value.wants() and (tensor.is_floating_point() or tensor.is_complex())
         ]
         reach(outputs)
     rows = Rows()
-    rows.add(flow)
+    rows.add(flow, outputs)
     assumptions = list(walk.assumptions)
     if backward:
         assumptions += [CUSTOM.format(name) for name in exported.functions]
@@ -177,7 +194,8 @@ def _by_fx(model: nn.Module, args: Any, kwargs: Any, loss: Any, backward: bool, 
                 keep.gradients(leaves)
                 with counter:
                     torch.autograd.backward(leaves, [torch.ones_like(leaf) for leaf in leaves])
-        return counter.profile
+        # The graph's nodes know no module's output.
+        return msgspec.structs.replace(counter.profile, modules=counted.profile.modules)
 
 
 def _said(profile: Profile) -> Any:

@@ -2,69 +2,98 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import msgspec
 import torch
 
 from flopprof.counting.alone import Alone
-from flopprof.counting.gradients import Flow, Step, tensors_of
-from flopprof.counting.graph_backward import backward, known
-from flopprof.counting.operators import Entry, Kind
-from flopprof.counting.tally import Row, Tally
+from flopprof.counting.gradients import CUTS, FIRST_ONLY, Flow, Step, Value, tensors_of
+from flopprof.counting.graph_backward import Factor, Product, backward, known
+from flopprof.counting.operands import Source
+from flopprof.counting.operators import Kind, is_composite
+from flopprof.counting.tally import dtype_name
 from flopprof.formulas import Cost, LengthsUnknown
 from flopprof.formulas.elementwise import elementwise_flops
-from flopprof.profile import ElementwiseRow, OperatorRow, Phase, Profile, UncountedRow
+from flopprof.profile import ElementwiseRow, Operand, OperatorRow, Phase, Profile, UncountedRow
 
+_ACTIVATION = Source("activation", "")
 _NARROW = (torch.bfloat16, torch.float16)
 _WIDE = (torch.float32, torch.float64)
+
+
+class _Row:
+    """Calls that nothing distinguishes."""
+
+    __slots__ = ("calls", "site")
+
+    def __init__(self, site: str) -> None:
+        self.calls = 0
+        self.site = site
 
 
 class Rows:
     """Rows of a Profile, as they are found."""
 
     def __init__(self) -> None:
-        self.tally = Tally()
+        self.assumptions: dict[str, None] = {}
         self._alone = Alone()
-        self._operators: list[OperatorRow] = []
-        self._elementwise: list[ElementwiseRow] = []
-        self._uncounted: list[UncountedRow] = []
+        # one call's row, with no calls and no site yet -> its calls
+        self._operators: dict[OperatorRow, _Row] = {}
+        self._elementwise: dict[tuple[str, str, Phase], tuple[int, int]] = {}
+        self._uncounted: dict[UncountedRow, int] = {}
+        self._sites: dict[str, int] = {}
 
-    def add(self, flow: Flow) -> None:
-        """Every step, forward, and backward where it is live."""
+    def add(self, flow: Flow, outputs: list[Value]) -> None:
+        """Every step, forward, and backward where it is live; `outputs` are what a backward pass starts from."""
         for step in flow.steps:
             self._step(step)
+        self._accumulate(flow, outputs)
 
     def extend(self, profile: Profile) -> Profile:
-        """The profile with the rows that other operators' own runs gave."""
+        """The profile with these rows, and what had to be guessed."""
+        lines = [
+            ElementwiseRow(op=op, fqn=fqn, phase=phase, calls=calls, flops=flops)
+            for (op, fqn, phase), (calls, flops) in self._elementwise.items()
+        ]
         return msgspec.structs.replace(
             profile,
-            operators=(*profile.operators, *self._operators),
-            elementwise=(*profile.elementwise, *self._elementwise),
-            uncounted_rows=(*profile.uncounted_rows, *self._uncounted),
+            operators=tuple(_times(one, row.calls, site=row.site) for one, row in self._operators.items()),
+            elementwise=tuple(lines),
+            uncounted_rows=tuple(msgspec.structs.replace(one, calls=n) for one, n in self._uncounted.items()),
+            assumptions=tuple(dict.fromkeys((*profile.assumptions, *self.assumptions))),
         )
 
     def _step(self, step: Step) -> None:
-        kind = step.entry.kind
-        if kind is Kind.COUNTED and not _complex_inside(step):
+        entry, differentiated = step.entry, step.live and any(step.wants)
+        if entry.kind is Kind.COUNTED and not _complex_inside(step):
             cost = self._cost(step)
             if cost is None:
                 return
-            self._forward(step, cost)
+            site = self._forward(step, cost)
             if known(step):
-                self._backward(step, cost)
-            elif step.live and any(step.wants):
-                self._run_alone(step, ("backward", "recompute"))
-        elif kind is Kind.ELEMENTWISE:
-            self._add_elementwise(step)
-            if step.live and any(step.wants):
-                self._run_alone(step, ("backward", "recompute"))
-        elif kind is Kind.FREE:
-            return
-        elif kind in (Kind.UNCOUNTED, Kind.HIGHER_ORDER):
-            self._not_counted(step, step.entry.reason or "control flow that the graph walk does not know")
+                self._backward(step, cost, site)
+                self._run_alone(step, light=("forward", "backward"))
+            elif differentiated:
+                self._run_alone(step, heavy=("backward", "recompute"), light=("forward", "backward"), joined_to=site)
+        elif entry.kind is Kind.ELEMENTWISE:
+            # A composite is counted by what it runs, as it is when it runs.
+            if not is_composite(entry.func):
+                self._add_elementwise(step)
+                if differentiated:
+                    self._run_alone(step, heavy=("backward",), light=("backward",))
+            elif not self._run_alone(step, heavy=("forward", "backward"), light=("forward", "backward")):
+                self._add_elementwise(step)
+        elif entry.kind is Kind.FREE:
+            if differentiated:
+                self._run_alone(step, heavy=("backward",), light=("backward",))
+        elif entry.kind is Kind.OPAQUE:
+            everything: tuple[Phase, ...] = ("forward", "backward", "recompute")
+            if not self._run_alone(step, heavy=everything, light=everything):
+                self._not_counted(step, "no formula, and it cannot be run by itself")
         else:
-            self._run_alone(step, ("forward", "backward", "recompute"))
+            self._not_counted(step, entry.reason or "control flow that the graph walk does not know")
 
     def _cost(self, step: Step) -> int | Cost | None:
         named: dict[str, Any] = {**step.kwargs, "out": step.out}
@@ -78,40 +107,41 @@ class Rows:
             self._not_counted(step, f"its formula failed: {type(error).__name__}: {error}")
         return None
 
-    def _forward(self, step: Step, cost: int | Cost) -> None:
+    def _forward(self, step: Step, cost: int | Cost) -> str:
         narrow = next((out.dtype for out in tensors_of(step.out) if out.dtype in _NARROW), None)
-        operands: list[Any] = []
+        factors = []
         for (position, tensor, value), wants in zip(step.operands, step.wants, strict=True):
             # Autocast casts on the way to the operator, below the level of the graph.
             dtype = narrow if narrow is not None and tensor.dtype in _WIDE else tensor.dtype
-            operands += [position, tuple(tensor.shape), dtype, wants, value.source]
-        results = tuple((tuple(out.shape), out.dtype) for out in tensors_of(step.out))
+            factors.append((position, Factor(tuple(tensor.shape), dtype, value.source, wants)))
         full = cost.flops if isinstance(cost, Cost) else cost
         causal = cost.causal if isinstance(cost, Cost) and cost.causal is not None else full
-        masked = isinstance(cost, Cost) and cost.mask_known
-        self._row(step, "forward", step.entry, tuple(operands), results, (full, causal, masked))
+        results = tuple((tuple(out.shape), out.dtype) for out in tensors_of(step.out))
+        product = Product(step.entry, (), results, full, causal, isinstance(cost, Cost) and cost.mask_known)
+        row = _row(step, "forward", product, factors, _parameter(step))
+        return self._add(row, step.times, sited=True)
 
-    def _backward(self, step: Step, cost: int | Cost) -> None:
+    def _backward(self, step: Step, cost: int | Cost, site: str) -> None:
         try:
             products = backward(step, cost)
         except LookupError as error:
             self._not_counted(step, str(error), "backward")
             return
-        for item in products:
-            operands: list[Any] = []
-            for position, factor in enumerate(item.factors):
-                operands += [position, factor.shape, factor.dtype, factor.wants, factor.source]
-            figures = (item.flops, item.causal, item.known)
-            self._row(step, "backward", item.entry, tuple(operands), item.results, figures)
+        for product in products:
+            row = _row(step, "backward", product, list(enumerate(product.factors)), _parameter(step))
+            self._add(msgspec.structs.replace(row, joined_to=site), step.times)
 
-    def _row(
-        self, step: Step, phase: Phase, entry: Entry, operands: tuple[Any, ...], results: Any, figures: Any
-    ) -> None:
-        key = (entry, step.frame, phase, _parameter(step), (operands, results), *figures)
-        row = self.tally.counted.get(key)
+    def _add(self, one: OperatorRow, calls: int, *, sited: bool = False) -> str:
+        """So many calls like this one; returns the site where they are one."""
+        row = self._operators.get(one)
         if row is None:
-            row = self.tally.counted[key] = Row(operands, results)
-        row.calls += step.times
+            row = self._operators[one] = _Row(self._site(one.fqn) if sited else "")
+        row.calls += calls
+        return row.site
+
+    def _site(self, fqn: str) -> str:
+        number = self._sites[fqn] = self._sites.get(fqn, -1) + 1
+        return f"{fqn}#{number}"
 
     def _add_elementwise(self, step: Step) -> None:
         assert step.entry.elementwise is not None
@@ -124,33 +154,111 @@ class Rows:
         except Exception as error:  # as in _cost
             self._not_counted(step, f"its elementwise cost is not known: {error}")
             return
-        key = (step.entry, step.frame, "forward", flops)
-        self.tally.elementwise[key] = self.tally.elementwise.get(key, 0) + step.times
+        self._add_light(step.entry.name, step.frame.fqn, "forward", step.times, flops * step.times)
+
+    def _add_light(self, op: str, fqn: str, phase: Phase, calls: int, flops: int) -> None:
+        before = self._elementwise.get((op, fqn, phase), (0, 0))
+        self._elementwise[op, fqn, phase] = (before[0] + calls, before[1] + flops)
 
     def _not_counted(self, step: Step, reason: str, phase: Phase = "forward") -> None:
-        tensors = [tensor for _position, tensor, _value in step.operands]
-        for _call in range(step.times):
-            self.tally.add_uncounted(step.entry.name, step.frame, phase, tensors, reason)
+        shapes = tuple(tuple(tensor.shape) for _position, tensor, _value in step.operands)
+        one = UncountedRow(op=step.entry.name, fqn=step.frame.fqn, phase=phase, calls=0, shapes=shapes, reason=reason)
+        self._uncounted[one] = self._uncounted.get(one, 0) + step.times
 
-    def _run_alone(self, step: Step, phases: tuple[Phase, ...]) -> None:
+    def _run_alone(
+        self, step: Step, *, heavy: tuple[Phase, ...] = (), light: tuple[Phase, ...] = (), joined_to: str = ""
+    ) -> bool:
+        """Rows of the call run by itself: `heavy` ones of counted operators, `light` elementwise ones; could it be?"""
         found = self._alone.run(step)
+        fqn, times = step.frame.fqn, step.times
         if found.problem:
-            self._not_counted(step, found.problem)
-            return
-        place = {"fqn": step.frame.fqn}
+            if heavy and step.live and any(step.wants) and step.entry.kind is Kind.COUNTED:
+                self._not_counted(step, found.problem, "backward")
+            return False
+        sites: dict[str, str] = {}
         for row in found.profile.operators:
-            if row.phase in phases:
-                sums = {name: getattr(row, name) * step.times for name in _SUMS}
-                self._operators.append(msgspec.structs.replace(row, **place, **sums))
-        for light in found.profile.elementwise:
-            if light.phase in phases:
-                sums = {"calls": light.calls * step.times, "flops": light.flops * step.times}
-                self._elementwise.append(msgspec.structs.replace(light, **place, **sums))
+            if row.phase in heavy:
+                one = msgspec.structs.replace(_once(row), fqn=fqn, site="", line=step.line)
+                if row.site:
+                    sites[row.site] = self._add(one, row.calls * times, sited=True)
+                else:
+                    origin = sites.get(row.joined_to, joined_to)
+                    self._add(msgspec.structs.replace(one, joined_to=origin), row.calls * times)
+        for line in found.profile.elementwise:
+            if line.phase in light:
+                self._add_light(line.op, fqn, line.phase, line.calls * times, line.flops * times)
         for missing in found.profile.uncounted_rows:
-            if missing.phase in phases:
-                self._uncounted.append(msgspec.structs.replace(missing, **place, calls=missing.calls * step.times))
-        for sentence in found.profile.assumptions:
-            self.tally.assumptions[sentence] = None
+            if missing.phase in heavy:
+                lacking = msgspec.structs.replace(missing, fqn=fqn, calls=0)
+                self._uncounted[lacking] = self._uncounted.get(lacking, 0) + missing.calls * times
+        self.assumptions.update(dict.fromkeys(found.profile.assumptions))
+        return True
+
+    def _accumulate(self, flow: Flow, outputs: list[Value]) -> None:
+        """A tensor read in several places gets the sum of their gradients."""
+        uses: dict[Any, int] = {}
+        held: dict[Any, tuple[Any, str]] = {}
+        for step in flow.steps:
+            if step.live and step.entry.name not in CUTS:
+                origins = list(zip(step.operands, step.origins, strict=True))
+                for (_position, tensor, _value), origin in origins[:1] if step.entry.name in FIRST_ONLY else origins:
+                    if origin is not None:
+                        uses[origin] = uses.get(origin, 0) + (step.times if isinstance(origin[0], Value) else 1)
+                        held[origin] = tensor, (origin[0] if isinstance(origin[0], Step) else step).frame.fqn
+        for value in outputs:
+            origin = value.origin()
+            uses[origin] = uses.get(origin, 0) + 1
+        for origin, (tensor, fqn) in held.items():
+            if uses[origin] > 1:
+                self._add_light("aten::add", fqn, "backward", uses[origin] - 1, (uses[origin] - 1) * tensor.numel())
+
+
+def _row(step: Step, phase: Phase, product: Product, factors: list[tuple[int, Factor]], parameter: str) -> OperatorRow:
+    """One call, with no calls noted."""
+    entry = product.entry
+    multiplied = [factor.dtype for position, factor in factors if position in entry.positions]
+    # A complex multiply-add is four real multiplications and four real additions.
+    each = 4 if multiplied and all(dtype.is_complex for dtype in multiplied) else 1
+    moved = [(factor.shape, factor.dtype) for _position, factor in factors] + list(product.results)
+    return OperatorRow(
+        op=entry.name,
+        fqn=step.frame.fqn,
+        phase=phase,
+        dtype=dtype_name(multiplied[0]) if multiplied else "",
+        operands=tuple(_operand(factor, position in entry.positions) for position, factor in factors),
+        outputs=tuple(shape for shape, _dtype in product.results),
+        calls=0,
+        flops=each * product.flops,
+        flops_full=each * product.flops,
+        flops_causal=each * product.causal,
+        mask_known=product.known,
+        bytes=sum(math.prod(shape) * dtype.itemsize for shape, dtype in moved),
+        parameter=parameter,
+        line=step.line,
+    )
+
+
+def _operand(factor: Factor, multiplied: bool) -> Operand:
+    source = factor.source or _ACTIVATION
+    return Operand(
+        shape=factor.shape,
+        dtype=dtype_name(factor.dtype),
+        kind=source.kind,
+        name=source.name,
+        requires_grad=factor.wants,
+        factor=multiplied,
+    )
+
+
+def _once(row: OperatorRow) -> OperatorRow:
+    """One call of a row that may hold several."""
+    sums = {name: getattr(row, name) // row.calls for name in _SUMS}
+    return msgspec.structs.replace(row, calls=0, **sums)
+
+
+def _times(one: OperatorRow, calls: int, *, site: str) -> OperatorRow:
+    sums = {name: getattr(one, name) * calls for name in _SUMS}
+    return msgspec.structs.replace(one, calls=calls, site=site, **sums)
 
 
 def step_cost(step: Step) -> int:
@@ -164,7 +272,7 @@ def step_cost(step: Step) -> int:
     return cost.flops if isinstance(cost, Cost) else cost
 
 
-_SUMS = ("calls", "flops", "flops_full", "flops_causal", "bytes")
+_SUMS = ("flops", "flops_full", "flops_causal", "bytes")
 
 
 def _complex_inside(step: Step) -> bool:
