@@ -7,85 +7,46 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from flopprof.cli.options import (
+    RUN,
+    Backward,
+    Batch,
+    Device,
+    Dtype,
+    ImageSize,
+    Inputs,
+    ModelArgs,
+    Target,
+    Train,
+)
 from flopprof.cli.output import console, progress, require_writable, write_text
 from flopprof.errors import UncountedOperators, UsageError
 
 if TYPE_CHECKING:
     from flopprof.profile import Profile
 
-_OPTIONS = "What is run"
 _REPORT = "What is printed"
 
 
 def count(
     ctx: typer.Context,
-    target: Annotated[
-        str,
-        typer.Argument(
-            help="A torchvision name (resnet50), timm:NAME, or path/to/file.py:function_or_class that returns a "
-            "module, or (module, inputs).",
-            metavar="TARGET",
-            show_default=False,
-        ),
-    ],
+    target: Target,
     *,
-    batch: Annotated[int, typer.Option(help="Samples per batch.", metavar="N", min=1, rich_help_panel=_OPTIONS)] = 1,
-    image_size: Annotated[
-        int | None,
-        typer.Option(
-            help="Side of the square images in pixels; default: what the model's own weights declare.",
-            metavar="PIXELS",
-            min=1,
-            rich_help_panel=_OPTIONS,
-        ),
-    ] = None,
-    inputs: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--input",
-            help="Shape of one positional input, with an optional dtype: 2x8, 1x128:int64. Repeat per input.",
-            metavar="SHAPE",
-            rich_help_panel=_OPTIONS,
-        ),
-    ] = None,
-    backward: Annotated[
-        bool,
-        typer.Option(
-            "--backward",
-            help="Also count the backward pass of the sum of the outputs, in eval mode unless --train.",
-            rich_help_panel=_OPTIONS,
-        ),
-    ] = False,
-    train: Annotated[
-        bool, typer.Option("--train", help="Run the model in training mode.", rich_help_panel=_OPTIONS)
-    ] = False,
+    batch: Batch = 1,
+    image_size: ImageSize = None,
+    inputs: Inputs = None,
+    backward: Backward = False,
+    train: Train = False,
     attention: Annotated[
         Literal["full", "causal"],
         typer.Option(
             help="Attention convention: every query-key pair, or only those that the mask lets through.",
-            rich_help_panel=_OPTIONS,
+            rich_help_panel=RUN,
         ),
     ] = "full",
-    device: Annotated[
-        Literal["meta", "cpu", "cuda"] | None,
-        typer.Option(
-            help="Where the model runs; default: meta (no memory, no arithmetic) where that works, else cpu.",
-            rich_help_panel=_OPTIONS,
-        ),
-    ] = None,
-    dtype: Annotated[
-        Literal["float32", "bfloat16", "float16", "float64"] | None,
-        typer.Option(help="Cast the model and its floating inputs to this type.", rich_help_panel=_OPTIONS),
-    ] = None,
-    model_args: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--model-arg",
-            help="Argument of the function or class that builds the model: num_classes=10. Repeat per argument.",
-            metavar="NAME=VALUE",
-            rich_help_panel=_OPTIONS,
-        ),
-    ] = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    model_args: ModelArgs = None,
     depth: Annotated[
         int,
         typer.Option(help="Levels of modules below the root.", metavar="D", min=0, rich_help_panel=_REPORT),

@@ -1,0 +1,67 @@
+"""What commands that run a target have in common: its name, and how it is built and run."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import typer
+
+RUN = "What is run"
+
+Target = Annotated[
+    str,
+    typer.Argument(
+        help="A torchvision name (resnet50), timm:NAME, or path/to/file.py:function_or_class that returns a "
+        "module, or (module, inputs).",
+        metavar="TARGET",
+        show_default=False,
+    ),
+]
+Batch = Annotated[int, typer.Option(help="Samples per batch.", metavar="N", min=1, rich_help_panel=RUN)]
+ImageSize = Annotated[
+    int | None,
+    typer.Option(
+        help="Side of the square images in pixels; default: what the model's own weights declare.",
+        metavar="PIXELS",
+        min=1,
+        rich_help_panel=RUN,
+    ),
+]
+Inputs = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--input",
+        help="Shape of one positional input, with an optional dtype: 2x8, 1x128:int64. Repeat per input.",
+        metavar="SHAPE",
+        rich_help_panel=RUN,
+    ),
+]
+Backward = Annotated[
+    bool,
+    typer.Option(
+        "--backward",
+        help="Also count the backward pass of the sum of the outputs, in eval mode unless --train.",
+        rich_help_panel=RUN,
+    ),
+]
+Train = Annotated[bool, typer.Option("--train", help="Run the model in training mode.", rich_help_panel=RUN)]
+Device = Annotated[
+    Literal["meta", "cpu", "cuda"] | None,
+    typer.Option(
+        help="Where the model runs; default: meta (no memory, no arithmetic) where that works, else cpu.",
+        rich_help_panel=RUN,
+    ),
+]
+Dtype = Annotated[
+    Literal["float32", "bfloat16", "float16", "float64"] | None,
+    typer.Option(help="Cast the model and its floating inputs to this type.", rich_help_panel=RUN),
+]
+ModelArgs = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--model-arg",
+        help="Argument of the function or class that builds the model: num_classes=10. Repeat per argument.",
+        metavar="NAME=VALUE",
+        rich_help_panel=RUN,
+    ),
+]
