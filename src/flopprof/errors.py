@@ -49,3 +49,7 @@ class FormulaError(FlopprofError):
 
 class NoForm(FlopprofError):
     """No closed form is known: none was asked for, or none is proved; the message says why."""
+
+
+class EnginesDisagree(FlopprofError):
+    """Two of flopprof's own engines give one module different counts; the message names the modules."""

@@ -11,6 +11,7 @@ from typer.core import TyperGroup
 
 import flopprof
 from flopprof.cli.count import count
+from flopprof.cli.crosscheck import crosscheck
 from flopprof.errors import FlopprofError
 
 _INTERRUPTED = 130
@@ -60,6 +61,7 @@ def _options(
 
 _EXAMPLES = "Examples:\n\nflopprof count resnet50 --backward\n\nflopprof count net.py:build --input 1x128:int64"
 app.command(epilog=_EXAMPLES)(count)
+app.command(epilog="Example:\n\nflopprof crosscheck resnet50 --backward")(crosscheck)
 
 
 def main() -> None:

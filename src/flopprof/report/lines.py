@@ -74,6 +74,14 @@ def _folded(modules: Mapping[str, list[int]]) -> dict[str, list[int]]:
     }
 
 
+def fold_alike(fqns: Sequence[str]) -> list[str]:
+    """Names, those that differ in numbers only as one (see fold_names), in the order of the first of each."""
+    alike: dict[str, list[str]] = {}
+    for fqn in fqns:
+        alike.setdefault(_NUMBER.sub("*", fqn), []).append(fqn)
+    return [fold_names(names) or _ROOT for names in alike.values()]
+
+
 def fold_names(fqns: Sequence[str]) -> str:
     """Names that differ in numbers only, as one: `layers.0..31.mlp`, or `layers.*.mlp` where some are left out."""
     places = [sorted(set(values)) for values in zip(*(map(int, _NUMBER.findall(fqn)) for fqn in fqns), strict=True)]

@@ -1,0 +1,1 @@
+"""Several counters on one model, their differences explained by operator."""
