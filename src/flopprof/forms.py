@@ -40,6 +40,11 @@ class Form(msgspec.Struct, frozen=True):
         return _made({((value, 1),): Fraction(1)})
 
     @classmethod
+    def made(cls, table: Mapping[Powers, Fraction]) -> Form:
+        """The form of these coefficients; equal tables make equal forms."""
+        return _made({_product(powers, ()): value for powers, value in table.items()})
+
+    @classmethod
     def total(cls, forms: Iterable[Form]) -> Form:
         """The sum of forms, in one pass."""
         table: dict[Powers, Fraction] = {}
@@ -75,6 +80,19 @@ class Form(msgspec.Struct, frozen=True):
             given = ", ".join(f"{name}={size}" for name, size in sizes.items())
             raise UsageError(f"{self} is no whole number at {given}: the form does not hold there.")
         return whole
+
+    def with_one(self, name: str) -> Form:
+        """The form in the other sizes where this one is 1."""
+        result = Form()
+        for powers, coefficient in self.coefficients():
+            factor = Form.of(coefficient)
+            for atom, power in powers:
+                if isinstance(atom, Floor):
+                    factor *= (atom.numerator.with_one(name) // atom.divisor) ** power
+                elif atom != name:
+                    factor *= Form.of(atom) ** power
+            result += factor
+        return result
 
     def symbols(self) -> set[str]:
         """The names of the sizes in it, also inside floors."""

@@ -12,7 +12,7 @@ from flopprof.errors import NoForm, UsageError
 from flopprof.forms import Condition, Form
 from flopprof.rows import PHASES, ElementwiseRow, ModuleRow, OperatorRow, UncountedRow
 
-T = TypeVar("T", covariant=True)
+T_co = TypeVar("T_co", covariant=True)
 
 
 class PhaseForms(msgspec.Struct, frozen=True, kw_only=True):
@@ -28,7 +28,8 @@ class Forms(msgspec.Struct, frozen=True, kw_only=True):
     """Counts in named sizes (`symbols`), proved where every condition holds; or the reason why none is proved.
 
     forms holds each distinct form once. In the rows below, every integer (a dimension, calls, flops, bytes) is
-    the position in `forms` of the form that it has.
+    the position in `forms` of the form that it has. at_one: where a size of 1 runs other operators (a sum over one
+    element is no sum), the symbol and the forms in the other symbols that hold there.
     """
 
     symbols: tuple[str, ...]
@@ -43,6 +44,7 @@ class Forms(msgspec.Struct, frozen=True, kw_only=True):
     operators: tuple[OperatorRow, ...] = ()
     elementwise: tuple[ElementwiseRow, ...] = ()
     uncounted_rows: tuple[UncountedRow, ...] = ()
+    at_one: tuple[tuple[str, Forms], ...] = ()
 
     def __post_init__(self) -> None:
         known = set(self.symbols)
@@ -104,21 +106,52 @@ class Forms(msgspec.Struct, frozen=True, kw_only=True):
             if isinstance(sizes[name], bool) or not isinstance(sizes[name], int) or sizes[name] < 1:
                 raise UsageError(f"{name} is a positive integer, got {sizes[name]!r}.")
         given = {name: sizes[name] for name in self.symbols}
-        for condition in self.conditions:
-            if not condition.holds(given):
+        forms, inner = self._narrowed(given)
+        for condition in forms.conditions:
+            if not condition.holds(inner):
                 at = ", ".join(f"{name}={size}" for name, size in given.items())
                 raise UsageError(f"the closed form holds only where {condition}, which {at} is not: count there.")
         return given
 
+    def spell(self, label: str, chosen: Callable[[Forms], Form]) -> str:
+        """`FLOPs = 24*batch*seq  where seq <= 512`, of the form that `chosen` takes of these and of those at_one."""
+        form, conditions = chosen(self), self._uncovered()
+        text = f"{label} = {form}" + (f"  where {', '.join(map(str, conditions))}" if conditions else "")
+        for name, forms in self.at_one:
+            if not forms._follows(form.with_one(name), conditions, chosen):
+                text += f"; where {name} == 1: {forms.spell(label, chosen)}"
+        return text
+
+    def _uncovered(self) -> list[Condition]:
+        """The conditions that bar from somewhere: not those of sizes of 1 that have forms of their own."""
+        covered = [Condition(Form.of(name), ">=", 2) for name, _ in self.at_one]
+        return [condition for condition in self.conditions if condition not in covered]
+
+    def _follows(self, form: Form, conditions: list[Condition], chosen: Callable[[Forms], Form]) -> bool:
+        """Is it this form, under no other conditions?"""
+        return (
+            chosen(self) == form
+            and all(condition in conditions for condition in self._uncovered())
+            and all(inner._follows(form.with_one(name), conditions, chosen) for name, inner in self.at_one)
+        )
+
+    def _narrowed(self, sizes: dict[str, int]) -> tuple[Forms, dict[str, int]]:
+        """The forms that hold at these sizes, and those sizes that they are in."""
+        for name, forms in self.at_one:
+            if sizes[name] == 1:
+                return forms._narrowed({other: size for other, size in sizes.items() if other != name})
+        return self, sizes
+
     def rows(self, sizes: Mapping[str, int], causal: bool) -> tuple[Any, Any, Any, Any]:
         """Modules, operators, elementwise and uncounted rows at these sizes, made when they are first read."""
-        values = _Values(self.forms, sizes)
-        sums = {name: form.at(sizes) for name, form in self._totals(causal).items()}
+        forms, sizes = self._narrowed(dict(sizes))
+        values = _Values(forms.forms, sizes)
+        sums = {name: form.at(sizes) for name, form in forms._totals(causal).items()}
         return (
-            _deferred(self.modules, values, None, {}),
-            _deferred(self.operators, values, causal, sums),
-            _deferred(self.elementwise, values, None, {"flops": sums.pop("elementwise")}),
-            _deferred(self.uncounted_rows, values, None, {}),
+            _deferred(forms.modules, values, None, {}),
+            _deferred(forms.operators, values, causal, sums),
+            _deferred(forms.elementwise, values, None, {"flops": sums["elementwise"]}),
+            _deferred(forms.uncounted_rows, values, None, {}),
         )
 
     def _totals(self, causal: bool = False) -> dict[str, Form]:
@@ -128,18 +161,18 @@ class Forms(msgspec.Struct, frozen=True, kw_only=True):
         return {**phases, "causal": seen, "bytes": self.bytes_moved, "elementwise": self.elementwise_flops}
 
 
-class Deferred(Sequence[T], Generic[T]):
+class Deferred(Sequence[T_co], Generic[T_co]):
     """Rows that are made when they are first read; `sums` of them are known before. Equal to the tuple of them."""
 
     __slots__ = ("_make", "_rows", "sums")
 
-    def __init__(self, make: Callable[[], tuple[T, ...]], sums: Mapping[str, int]) -> None:
+    def __init__(self, make: Callable[[], tuple[T_co, ...]], sums: Mapping[str, int]) -> None:
         self._make = make
-        self._rows: tuple[T, ...] | None = None
+        self._rows: tuple[T_co, ...] | None = None
         self.sums = sums
 
     @property
-    def all(self) -> tuple[T, ...]:
+    def all(self) -> tuple[T_co, ...]:
         """The rows."""
         if self._rows is None:
             self._rows = self._make()
@@ -149,19 +182,19 @@ class Deferred(Sequence[T], Generic[T]):
         return len(self.all)
 
     @overload
-    def __getitem__(self, index: int) -> T: ...
+    def __getitem__(self, index: int) -> T_co: ...
     @overload
-    def __getitem__(self, index: slice) -> tuple[T, ...]: ...
-    def __getitem__(self, index: int | slice) -> T | tuple[T, ...]:
+    def __getitem__(self, index: slice) -> tuple[T_co, ...]: ...
+    def __getitem__(self, index: int | slice) -> T_co | tuple[T_co, ...]:
         return self.all[index]
 
-    def __iter__(self) -> Iterator[T]:
+    def __iter__(self) -> Iterator[T_co]:
         return iter(self.all)
 
-    def __add__(self, other: tuple[T, ...]) -> tuple[T, ...]:
+    def __add__(self, other: tuple[T_co, ...]) -> tuple[T_co, ...]:
         return self.all + tuple(other)
 
-    def __radd__(self, other: tuple[T, ...]) -> tuple[T, ...]:
+    def __radd__(self, other: tuple[T_co, ...]) -> tuple[T_co, ...]:
         return tuple(other) + self.all
 
     def __eq__(self, other: object) -> bool:
@@ -195,15 +228,15 @@ def integers(value: Any) -> Iterator[int]:
         yield from integers(msgspec.structs.astuple(value))
 
 
-def replaced(value: Any, integer: Callable[[int], Any]) -> Any:
-    """Rows with `integer` of every integer in its place."""
-    if type(value) is int:
+def replaced(value: Any, integer: Callable[[Any], Any], kinds: tuple[type, ...] = (int,)) -> Any:
+    """Rows with `integer` of every integer in its place; kinds: what counts as one (a bool does not)."""
+    if type(value) in kinds:
         return integer(value)
     if isinstance(value, tuple):
-        return tuple([replaced(item, integer) for item in value])
+        return tuple([replaced(item, integer, kinds) for item in value])
     if isinstance(value, msgspec.Struct):
         names = value.__struct_fields__
-        return type(value)(**{name: replaced(getattr(value, name), integer) for name in names})
+        return type(value)(**{name: replaced(getattr(value, name), integer, kinds) for name in names})
     return value
 
 

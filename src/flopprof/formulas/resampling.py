@@ -46,8 +46,17 @@ def _adaptive_taps(x: Shaped, result: Shaped, dims: int) -> int:
     """Taps of adaptive windows, [floor(i n / m), ceil((i + 1) n / m)): n + m - gcd(n, m) along a dimension."""
     taps = product(x.shape[:-dims])
     for size, count in zip(x.shape[-dims:], result.shape[-dims:], strict=True):
-        taps *= size if count == 1 else size + count - gcd(size, count)
+        taps *= size if count == 1 else size + count - _common(size, count)
     return taps
+
+
+def _common(size: int, count: int) -> int:
+    """gcd(size, count). Of a symbolic size, whose divisors are not known, phi(d) for each d | count that divides it."""
+    if isinstance(size, int):
+        return gcd(size, count)
+    divisors = [d for d in range(1, count + 1) if count % d == 0]
+    totients = {d: sum(gcd(k, d) == 1 for k in range(1, d + 1)) for d in divisors}
+    return sum(totients[d] * (size // d - (size - 1) // d) for d in divisors)
 
 
 def _adaptive_pool(dims: int) -> Callable[..., int]:
