@@ -14,6 +14,7 @@ from flopprof.counting.guesses import named
 from flopprof.counting.preserve import modules_within, preserved
 from flopprof.counting.runtime import FlopCounter
 from flopprof.counting.values import carried, moved, needs_values, on_meta
+from flopprof.formulas.attention import LENGTHS_ON_META
 from flopprof.profile import Attention, Profile
 
 
@@ -54,7 +55,8 @@ def count(
         with preserved(within, (args, kwargs), optimizer) as keep, ExitStack() as stack:
             if values:
                 stack.enter_context(carried(counter.assume, named(model, args, kwargs)))
-            given, also = (moved(args), moved(kwargs)) if meta else (args, kwargs)
+            # Without values a CPU tensor beside meta ones is the caller's choice (packed lengths must be one).
+            given, also = (moved(args), moved(kwargs)) if values else (args, kwargs)
             if not backward:
                 with counter:
                     model(*given, **also)
@@ -72,13 +74,17 @@ def count(
                         optimizer.step()
         return counter.profile
 
-    # Most models ask for no values on meta, and are counted faster where none are carried. One that does ask fails.
+    # Most models ask for no values on meta, and are counted faster where none are carried. One that asks fails, or
+    # leaves lengths unread that a formula needs.
     try:
-        return run(values=False)
+        profile = run(values=False)
     except Exception as error:
         if not meta or not needs_values(error):
             raise
-    return run(values=True)
+        return run(values=True)
+    if meta and any(row.reason == LENGTHS_ON_META for row in profile.uncounted_rows):
+        return run(values=True)
+    return profile
 
 
 def _own(inputs: Any) -> Any:

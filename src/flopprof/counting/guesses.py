@@ -40,10 +40,11 @@ def named(model: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str,
         taken = inspect.signature(getattr(model, "forward", model)).bind(*args, **kwargs).arguments
     except (TypeError, ValueError):  # a call that fails, or a callable written in C
         taken = dict(kwargs)
-    extra = taken.pop("kwargs", None)
-    if isinstance(extra, dict):
-        taken = {**taken, **extra}
-    return {name: value for name, value in taken.items() if isinstance(value, torch.Tensor)}
+    found = dict(taken)
+    for held in taken.values():
+        if isinstance(held, Mapping):  # **kwargs, or a batch as a dictionary
+            found.update({str(name): value for name, value in held.items()})
+    return {name: value for name, value in found.items() if isinstance(value, torch.Tensor)}
 
 
 def of_input(name: str, tensor: torch.Tensor) -> Guess | None:
@@ -75,7 +76,7 @@ def of_input(name: str, tensor: torch.Tensor) -> Guess | None:
 
 def of_operator(base: str, args: Any, out: Any) -> tuple[torch.Tensor, Guess] | None:
     """(result, what it is taken to hold) of an operator on unknown floats: even routing, and finite numbers."""
-    source = args[0]
+    source = args[0] if args else None
     if not isinstance(source, torch.Tensor) or not source.is_floating_point():
         return None
     if base in ("aten::isnan", "aten::isinf", "aten::isneginf", "aten::isposinf"):

@@ -31,6 +31,7 @@ _stack_at = torch._C._get_dispatch_stack_at
 _plain_dispatch = torch._C._disabled_torch_dispatch_impl
 
 _SELECTIONS = frozenset({_aten.index.Tensor, _aten.masked_select.default})
+_MASKED_SCATTER_BACKWARD = _aten.masked_scatter_backward.default
 _COMPLAINTS = ("meta", "data-dependent", "fake impl")
 _MOST_REPEATS = 1 << 25
 _MOST_SPECIAL = 64  # labels are compared with this many tokens at most: not with a whole vocabulary
@@ -210,6 +211,8 @@ class Values(TorchDispatchMode):
         lowered = self._lowered(plan, args, kwargs) if known and not plan.random else None
         if _leaves_meta(plan, args, kwargs):
             return self._read(plan, func, args, kwargs, lowered, said)
+        if func is _MASKED_SCATTER_BACKWARD:  # its result's size is given, though its kernel for meta looks for it
+            return _aten.empty.memory_format(args[2], dtype=args[0].dtype, device="meta")
         if plan.asks:
             return self._answer(plan, func, args, kwargs, lowered, said, bool(labels))
         try:
@@ -459,13 +462,15 @@ class Values(TorchDispatchMode):
 
 
 class _Lists(TorchFunctionMode):
-    """torch.tensor(numbers, device="meta") drops its numbers before any dispatch mode sees it."""
+    """torch.tensor(numbers, device="meta") drops its numbers before any dispatch mode sees it; so does x[[0, -1]]."""
 
     def __init__(self, values: Values) -> None:
         super().__init__()
         self._values = values
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _INDEXED and args[0].is_meta:
+            args = (args[0], self._index(args[1], args[0].device), *args[2:])
         out = func(*args, **(kwargs or {}))
         position = _FROM_NUMBERS.get(func)
         if position is not None and isinstance(out, _Tensor) and out.is_meta:
@@ -474,7 +479,20 @@ class _Lists(TorchFunctionMode):
                 self._values.learn(out, given[0])
         return out
 
+    def _index(self, index: Any, device: torch.device) -> Any:
+        if isinstance(index, tuple):
+            return tuple(self._index(each, device) for each in index)
+        if not isinstance(index, list):
+            return index
+        try:
+            made = torch.tensor(index, device=device)
+        except (TypeError, ValueError, RuntimeError):  # slices within, or tensors: torch's to read
+            return index
+        self._values.learn(made, index)
+        return made
 
+
+_INDEXED = frozenset({torch.Tensor.__getitem__, torch.Tensor.__setitem__})
 _FROM_NUMBERS: dict[Any, int] = {
     torch.tensor: 0, torch.as_tensor: 0, torch.asarray: 0, torch.Tensor.new_tensor: 1,
 }  # fmt: skip

@@ -101,6 +101,8 @@ class Store:
 
 def fits(tensor: torch.Tensor, *, floats: bool) -> bool:
     """Is a tensor of this dtype and size worth carrying values?"""
+    if tensor.is_nested or tensor.layout is not torch.strided:
+        return False
     if tensor.dtype in _INTEGERS:
         return tensor.numel() <= _MOST_INTEGERS
     return floats and tensor.dtype in _FLOATS and tensor.numel() <= _MOST_FLOATS

@@ -14,6 +14,7 @@ from flopprof.formulas.operand import Tensor, Wanted
 from flopprof.formulas.registry import Cost, LengthsUnknown, formula, product
 
 ALL = (True, True, True)
+LENGTHS_ON_META = "the sequence lengths are on the meta device"
 
 
 def visible_pairs(queries: int, keys: int, first: int | None = None, last: int | None = None) -> int:
@@ -35,11 +36,11 @@ def _clamped_sum(queries: int, keys: int, shift: int) -> int:
 
 def lengths(tensor: Any) -> list[int]:
     """The values of a small integer tensor. Raises LengthsUnknown where it has none (meta, fake)."""
-    if str(tensor.device) == "meta":
-        raise LengthsUnknown("the sequence lengths are on the meta device")
     try:
         return [int(value) for value in tensor.tolist()]
     except Exception as error:
+        if str(tensor.device) == "meta":
+            raise LengthsUnknown(LENGTHS_ON_META) from error
         # A fake tensor raises one of several errors of its own; all mean that it carries no values.
         raise LengthsUnknown(f"the sequence lengths cannot be read: {type(error).__name__}") from error
 

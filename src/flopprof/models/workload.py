@@ -102,6 +102,8 @@ class Workload:
     def _failure(self, error: Exception) -> ModelFailed:
         where = _innermost_module(self.model, error.__traceback__)
         inputs = describe_inputs(self.args, self.kwargs)
+        if isinstance(error, ValuesUnknown):
+            return ModelFailed(f"{self.name} failed{where} on input {inputs}: {error}")
         return ModelFailed(
             f"{self.name} failed{where} on input {inputs}: {type(error).__name__}: {first_line(error)} "
             "Check the shape and dtype of each --input, or see the whole error with --traceback."
