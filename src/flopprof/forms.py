@@ -205,16 +205,20 @@ def _made(table: Mapping[Powers, Fraction]) -> Form:
     return Form(terms, denominator)
 
 
-def _order(powers: Powers) -> tuple[bool, int, list[tuple[str, int]]]:
+def _order(powers: Powers) -> tuple[bool, int, list[tuple[int, str, int]]]:
     # By degree; among equals, higher powers of the earlier names first. A constant comes last: h + 1.
-    return not powers, sum(power for _, power in powers), [(str(atom), -power) for atom, power in powers]
+    return not powers, sum(power for _, power in powers), [(*_rank(atom), -power) for atom, power in powers]
+
+
+def _rank(atom: str | Floor) -> tuple[int, str]:
+    return (0, atom) if isinstance(atom, str) else (atom.divisor, str(atom))
 
 
 def _product(left: Powers, right: Powers) -> Powers:
     table = dict(left)
     for atom, power in right:
         table[atom] = table.get(atom, 0) + power
-    return tuple(sorted(table.items(), key=lambda item: (isinstance(item[0], Floor), str(item[0]))))
+    return tuple(sorted(table.items(), key=lambda item: _rank(item[0])))
 
 
 def _form(value: Form | int | Fraction) -> Form:

@@ -69,7 +69,9 @@ class _Proof:
         base = self._claim.base[i]
         low = unit
         if base > unit and not self.agrees(self._with(i, unit)):
-            low = base - _last(0, base - unit, unit, lambda less: self.agrees(self._with(i, base - less)))
+            low = 2 * unit  # mostly a size of 1 alone is an exception
+            if not self.agrees(self._with(i, low)):
+                low = base - _last(0, base - low, unit, lambda less: self.agrees(self._with(i, base - less)))
         return low, self._highest(i, unit)
 
     def _highest(self, i: int, unit: int) -> int | None:
