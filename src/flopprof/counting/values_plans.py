@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
+from flopprof.counting.values_store import Fact
+
+_MOST_SPECIAL = 64  # labels are compared with this many tokens at most: not with a whole vocabulary
 _SCALARS = ("bool", "int", "float", "number", "Scalar")
 
 # Their result has the shape of a tensor whose values do not matter: value written, or where among the arguments it is.
@@ -100,3 +103,47 @@ def _composite(func: Any) -> bool:
 
 def _takes_tensors(arguments: Any) -> bool:
     return any("Tensor" in str(item.type) for item in arguments)
+
+
+def labelled(plan: Plan, args: Any, kwargs: Any, fact_of: Callable[[torch.Tensor], Fact | None]) -> bool | None:
+    """Of an operator on labels: are its results labels, or known as usual (False), or not known at all (None)?"""
+    if plan.carrying:
+        dtype = kwargs.get("dtype")
+        return None if dtype is torch.bool or (dtype is not None and dtype.is_floating_point) else True
+    if plan.unique:
+        return True
+    if not (plan.equal or plan.ordered) or len(args) < 2:
+        return None
+    left, right = args[0], args[1]
+    if not isinstance(left, torch.Tensor):
+        return None
+    fact = fact_of(left)
+    if fact is None or not fact.labels:
+        left, right = right, left
+    if isinstance(right, torch.Tensor):
+        other = fact_of(right)
+        if other is not None and other.labels:
+            return False if plan.equal else None
+        return False if plan.equal and right.numel() <= _MOST_SPECIAL else None
+    return False if plan.equal or (isinstance(right, int | float) and right <= 0) else None
+
+
+def leaves_meta(plan: Plan, args: Any, kwargs: Any) -> bool:
+    """Does a call copy from meta to a real device?"""
+    if plan.base == "aten::copy":
+        return bool(args[1].is_meta and not args[0].is_meta)
+    if plan.base == "aten::_to_copy" and args[0].is_meta:
+        device = kwargs.get("device")
+        return device is not None and torch.device(device).type != "meta"
+    return False
+
+
+def tensors_in(args: Any, kwargs: Any = None) -> Iterator[torch.Tensor]:
+    """The tensors among an operator's arguments, and those in its lists."""
+    for item in (*args, *kwargs.values()) if kwargs else args:
+        if isinstance(item, torch.Tensor):
+            yield item
+        elif type(item) in (list, tuple):
+            for each in item:
+                if isinstance(each, torch.Tensor):
+                    yield each

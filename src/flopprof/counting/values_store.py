@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -97,6 +99,13 @@ class Store:
         for key in [key for key, fact in self._facts.items() if fact.ref.expired()]:
             self._bytes -= self._facts.pop(key).storage.nbytes()
         self._sweep_at = max(_SWEEP_AT, 2 * len(self._facts))
+
+
+@contextmanager
+def aside() -> Iterator[None]:
+    """What runs inside is seen by no mode, no subclass and no autograd."""
+    with torch._C._AutoDispatchBelowAutograd(), torch._C._DisableTorchDispatch(), torch._C.DisableTorchFunction():
+        yield
 
 
 def fits(tensor: torch.Tensor, *, floats: bool) -> bool:
