@@ -38,13 +38,15 @@ class Alone:
         facts = [_facts(leaf) for leaf in leaves]
         wants = step.wants if step.live else (False,) * len(step.wants)
         sources = tuple(value.source for _position, _tensor, value in step.operands)
-        key = (step.entry.func, spec, tuple(facts), wants, tuple(source and source.kind for source in sources))
+        kinds = tuple(source and source.kind for source in sources)
+        results = step.differentiated()
+        key: Any = (step.entry.func, spec, tuple(facts), wants, kinds, results)
         try:
             found = self._found.get(key)
         except TypeError:  # an argument that cannot be hashed
             found, key = None, None
         if found is None:
-            found = _run(step.entry.func, leaves, spec, wants, sources)
+            found = _run(step.entry.func, leaves, spec, (wants, sources, results))
             if key is not None:
                 self._found[key] = found
         return Found(_renamed(found.profile, sources), found.problem)
@@ -56,9 +58,11 @@ def _facts(leaf: Any) -> Any:
     return type(leaf), leaf
 
 
-def _run(func: Any, leaves: list[Any], spec: Any, wants: tuple[bool, ...], sources: tuple[Source | None, ...]) -> Found:
+def _run(func: Any, leaves: list[Any], spec: Any, told: tuple[Any, Any, tuple[int, ...]]) -> Found:
+    wants, sources, results = told
     holder = nn.Module()
-    made, number = [], 0
+    made: list[Any] = []
+    number = 0
     for leaf in leaves:
         if isinstance(leaf, torch.Tensor):
             made.append(_stand_in(holder, leaf, number, wants[number], sources[number]))
@@ -73,15 +77,15 @@ def _run(func: Any, leaves: list[Any], spec: Any, wants: tuple[bool, ...], sourc
         try:
             with counter:
                 out = func(*args, **kwargs)
-                _differentiate(out, holder)
+                _differentiate([tensors_of(out)[i] for i in results], holder)
         except Exception as error:  # whatever an operator raises on tensors without values
             return Found(counter.profile, f"it cannot be run by itself: {type(error).__name__}")
     return Found(counter.profile)
 
 
-def _differentiate(out: Any, holder: nn.Module) -> None:
+def _differentiate(results: list[torch.Tensor], holder: nn.Module) -> None:
     inputs = [tensor for tensor in vars(holder)["tensors"] if tensor.requires_grad]
-    outputs = [tensor for tensor in tensors_of(out) if tensor.requires_grad]
+    outputs = [tensor for tensor in results if tensor.requires_grad]
     if inputs and outputs:
         ones = [torch.ones_like(tensor) for tensor in outputs]
         torch.autograd.grad(outputs, inputs, ones, allow_unused=True)

@@ -84,7 +84,8 @@ class Step:
     """One operator call of a graph: its arguments as shaped things, and what autograd knows of it."""
 
     __slots__ = (
-        "args", "edges", "entry", "frame", "kwargs", "line", "live", "operands", "origins", "out", "times", "wants",
+        "args", "edges", "entry", "frame", "kwargs", "line", "live", "operands", "origins", "out", "reached",
+        "results", "times", "wants",
     )  # fmt: skip
 
     def __init__(
@@ -100,8 +101,15 @@ class Step:
         self.operands: list[tuple[int, Any, Value]] = []  # of each tensor: position of its argument, itself, value
         self.origins: list[tuple[Any, Any] | None] = []  # of each operand: where its gradient goes
         self.wants: tuple[bool, ...] = ()  # of each operand, as the call saw it
-        self.edges: list[Step] = []
+        self.edges: list[tuple[Any, Any] | None] = []  # where its backward sends gradients
+        self.results: list[Value] = []
         self.live = False  # a backward pass runs it
+        self.reached: set[int] = set()  # ids of the results that a gradient comes from
+
+    def differentiated(self) -> tuple[int, ...]:
+        """Which of its results a backward pass comes from, by number; all where it is not told apart."""
+        found = tuple(i for i, value in enumerate(self.results) if id(value) in self.reached)
+        return found or tuple(range(len(self.results)))
 
     def wanted_at(self, position: int) -> bool:
         """Does any tensor at this argument want a gradient, and a backward pass run this call?"""
@@ -130,16 +138,22 @@ class Flow:
         passed = step.wants[:1] if entry.name in FIRST_ONLY else step.wants
         differentiated = any(passed) and entry.name not in CUTS
         if differentiated:
-            makers = (value.producer() for value, want in zip(values, step.wants, strict=True) if want)
-            step.edges = list(dict.fromkeys(maker for maker in makers if maker is not None))
+            step.edges = step.origins[:1] if entry.name in FIRST_ONLY else step.origins
         known = _aliases(entry.func)
         for position, _tensor, value in operands:
             if position in known.written:
                 _write(value, step if differentiated else None, entry.name)
-        return [
+        step.results = [
             _result(step, tensor, known, known.of(index), differentiated, graded)
             for index, tensor in enumerate(tensors_of(step.out))
         ]
+        return step.results
+
+    def want(self, value: Value) -> None:
+        """From here on its gradient is wanted (`requires_grad_`)."""
+        if not value.wants():
+            value.leaf, value.maker, value.group = True, None, _Group(value.source)
+            value.stamp = 0
 
 
 def _result(
@@ -161,12 +175,16 @@ def _result(
 
 def reach(outputs: list[Value]) -> None:
     """Mark the calls that a backward pass from these values runs."""
-    stack = [maker for value in outputs if (maker := value.producer()) is not None]
-    while stack:
-        step = stack.pop()
+    origins = [value.origin() for value in outputs]
+    while origins:
+        origin = origins.pop()
+        if origin is None or not isinstance(origin[0], Step):
+            continue
+        step, result = origin
+        step.reached.add(id(result))
         if not step.live:
             step.live = True
-            stack += step.edges
+            origins += step.edges
 
 
 def tensors_of(tree: Any) -> list[Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import linecache
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
@@ -29,6 +30,7 @@ Engine = Literal["auto", "fx", "export"]
 _ENGINES = ("auto", "fx", "export")
 
 REPLAYED = "Checkpointed regions run again in backward: that recomputation is not in a graph, and not in these counts."
+RUN = "{}: a custom autograd.Function: its own backward was run, on meta."
 CUSTOM = (
     "{}: the backward of a custom autograd.Function is not in the graph: it was taken to be what autograd would run "
     "for its forward."
@@ -114,7 +116,7 @@ def _modules(program: torch.export.ExportedProgram, frames: dict[str, Frame]) ->
 
 def _by_export(model: nn.Module, args: Any, kwargs: Any, loss: Any, backward: bool) -> Profile:
     counter = FlopCounter(model)
-    with preserved(modules_within(model, args, kwargs, loss), (args, kwargs)):
+    with preserved(graph_fx.outermost(modules_within(model, args, kwargs, loss)), (args, kwargs)):
         try:
             exported = export(model, args, kwargs, loss, counter)
         except Exception as error:
@@ -162,44 +164,65 @@ def _read(exported: Exported, backward: bool) -> tuple[Rows, list[str]]:
 # --- torch.fx --------------------------------------------------------------------------------------------------------
 def _by_fx(model: nn.Module, args: Any, kwargs: Any, loss: Any, backward: bool, *, insist: bool) -> Profile | None:
     """The profile of the model's fx graph; None where there is none that proves right and nobody insists on it."""
-    modules = modules_within(model, args, kwargs, loss)
-    with preserved(modules, (args, kwargs)) as keep, graph_fx.on_meta(modules) as move:
+    try:
+        traced, profile = _run_fx(model, args, kwargs, loss, backward)
+        counted = _forward(model, args, kwargs, loss, backward)
+    except Exception as error:
+        if insist:
+            raise _untraceable("torch.fx", model, error) from error
+        return None
+    if _said(profile) != _said(counted):
+        if insist:
+            raise Untraceable(
+                f"torch.fx's graph of {type(model).__name__} does not run what the model runs "
+                f"({profile.forward_flops} FLOPs forward instead of {counted.forward_flops}): "
+                "use engine='export', or flopprof.count, which runs the model."
+            )
+        return None
+    assumptions = [RUN.format(name) for name in traced.functions] if backward else []
+    assumptions += [REPLAYED] if backward and traced.replays else []
+    # The graph's nodes know no module's output.
+    return msgspec.structs.replace(profile, modules=counted.modules, assumptions=(*profile.assumptions, *assumptions))
+
+
+def _run_fx(model: nn.Module, args: Any, kwargs: Any, loss: Any, backward: bool) -> tuple[graph_fx.Traced, Profile]:
+    """The graph, and the profile of its run on meta."""
+    modules = graph_fx.outermost(modules_within(model, args, kwargs, loss))
+    with preserved(modules, (args, kwargs)) as keep, graph_fx.on_meta(modules) as move, _graded(backward):
         args, kwargs = own_inputs(move(args)), own_inputs(move(kwargs))
-        graded = torch.enable_grad() if backward else torch.set_grad_enabled(torch.is_grad_enabled())
-        with graded:
-            try:
-                traced = graph_fx.symbolic_trace(model, args, kwargs, loss)
-                counter = FlopCounter(model)
-                with counter:
-                    leaves = to_differentiate(graph_fx.run(traced, counter), None)
-                forward = counter.profile
-                counted = FlopCounter(model)
-                with counted:
-                    output = model(*args, **kwargs)
-                    if loss is not None:
-                        loss(output)
-            except Exception as error:
-                if insist:
-                    raise _untraceable("torch.fx", model, error) from error
-                return None
-            if _said(forward) != _said(counted.profile):
-                if insist:
-                    raise Untraceable(
-                        f"torch.fx's graph of {type(model).__name__} does not run what the model runs "
-                        f"({forward.forward_flops} FLOPs instead of {counted.profile.forward_flops}): "
-                        "use engine='export', or count."
-                    )
-                return None
+        traced = graph_fx.symbolic_trace(model, args, kwargs, loss)
+        counter = FlopCounter(model)
+        with counter:
+            leaves = to_differentiate(graph_fx.run(traced, args, kwargs, counter), None)
             if backward and leaves:
                 keep.gradients(leaves)
-                with counter:
-                    torch.autograd.backward(leaves, [torch.ones_like(leaf) for leaf in leaves])
-        # The graph's nodes know no module's output.
-        return msgspec.structs.replace(counter.profile, modules=counted.profile.modules)
+                torch.autograd.backward(leaves, [torch.ones_like(leaf) for leaf in leaves])
+        return traced, counter.profile
+
+
+def _forward(model: nn.Module, args: Any, kwargs: Any, loss: Any, backward: bool) -> Profile:
+    """The profile of the model's own forward on meta."""
+    modules = graph_fx.outermost(modules_within(model, args, kwargs, loss))
+    with preserved(modules, (args, kwargs)), graph_fx.on_meta(modules) as move, _graded(backward):
+        args, kwargs = own_inputs(move(args)), own_inputs(move(kwargs))
+        counter = FlopCounter(model)
+        with counter:
+            output = model(*args, **kwargs)
+            if loss is not None:
+                loss(output)
+        return counter.profile
+
+
+def _graded(backward: bool) -> Any:
+    return torch.enable_grad() if backward else nullcontext()
 
 
 def _said(profile: Profile) -> Any:
-    return profile.by_module("forward", own=True), profile.uncounted, profile.elementwise_flops, profile.causal_flops
+    """What the forward alone says, per module and of its masks."""
+    rows = [row for row in profile.operators if row.phase == "forward"]
+    missing = {(row.op, row.fqn, row.calls) for row in profile.uncounted_rows if row.phase == "forward"}
+    causal = sum(row.flops_causal for row in rows)
+    return profile.by_module("forward", own=True), profile.elementwise_by_module("forward"), missing, causal
 
 
 # --- errors ----------------------------------------------------------------------------------------------------------

@@ -42,6 +42,7 @@ class Product(NamedTuple):
     flops: int
     causal: int
     known: bool = False
+    parameter: str | None = None  # None: the one that the forward multiplies
 
 
 def entry_of(func: Any) -> Entry:
@@ -174,30 +175,66 @@ def sdpa_pairs(queries: int, keys: int) -> tuple[int, int]:
     return seen or 0, everything
 
 
+class _Sized(NamedTuple):
+    """A weight of a recurrence, or one of no elements in its place."""
+
+    shape: Shape
+
+
+class _Recurrence:
+    """The arguments of aten::lstm, gru and rnn, of padded or of packed sequences."""
+
+    def __init__(self, step: Step) -> None:
+        args = step.args
+        self.packed = not isinstance(args[3], bool)
+        state, weights = (2, 3) if self.packed else (1, 2)
+        self.x = args[0]
+        self.state = args[state] if isinstance(args[state], torch.Tensor) else args[state][0]
+        operands = [
+            (position, Factor(tuple(tensor.shape), tensor.dtype, value.source, wants))
+            for (position, tensor, value), wants in zip(step.operands, step.wants, strict=True)
+        ]
+        self.weights = [factor for position, factor in operands if position == weights]
+        self.wants_x = any(factor.wants for position, factor in operands if position == 0)
+        self.wants_state = [factor.wants for position, factor in operands if position == state]
+        self.layers, self.bidirectional = int(args[weights + 2]), bool(args[weights + 5])
+        self.rows = product(self.x.shape[:-1])
+
+    def matrices(self) -> Iterator[tuple[Factor, list[_Sized]]]:
+        """Each weight matrix, with the weights among which it alone has elements."""
+        for index, weight in enumerate(self.weights):
+            if len(weight.shape) == 2:
+                shapes = [(0,) * len(other.shape) for other in self.weights]
+                shapes[index] = weight.shape
+                yield weight, [_Sized(shape) for shape in shapes]
+
+
+def recurrent_forward(step: Step) -> list[Product]:
+    """One product for each weight matrix: every row of the sequences meets it once."""
+    read = _Recurrence(step)
+    rows = Factor((read.rows, read.x.shape[-1]), read.x.dtype)
+    return [_of_weight(step, rows, weight, 2 * read.rows * product(weight.shape)) for weight, _alone in read.matrices()]
+
+
 def _recurrent(call: _Call) -> Iterator[Product]:
-    """All layers and directions, as autograd runs them without a fused kernel."""
-    step = call.step
-    args = step.args
-    packed = not isinstance(args[3], bool)
-    at = {"x": 0, "state": 2 if packed else 1, "weights": 3 if packed else 2}
-    state, weights = args[at["state"]], args[at["weights"]]
-    rest = args[at["weights"] + 1 :]
-    layers, bidirectional = int(rest[1]), bool(rest[4])
-    if packed and bidirectional:
+    """All layers and directions, as autograd runs them without a fused kernel; FLOPs are linear in each weight."""
+    read = _Recurrence(call.step)
+    if read.packed and read.bidirectional:
         raise LookupError("the lengths of packed sequences are not known")
-    wants = {position: [] for position in at.values()}  # type: dict[int, list[bool]]
-    for (position, _tensor, _value), want in zip(step.operands, step.wants, strict=True):
-        if position in wants:
-            wants[position].append(want)
-    hidden = [state] if isinstance(state, torch.Tensor) else list(state)
-    states = [*wants[at["state"]], False][:2]
-    edges = (wants[0][0], wants[at["weights"]], states[0], states[1])
-    flops = stack_backward(args[0], hidden[0], weights, 1 + bidirectional, layers, (), edges)
-    if flops and step.live:
-        operands = (call.factor(0), *(Factor(tuple(w.shape), call.dtype) for w in weights))
-        yield Product(step.entry, (call.gradient(), *operands), (), flops, flops)
+    hx, cx = [*read.wants_state, False][:2]
+    edges = (read.wants_x, [weight.wants for weight in read.weights], hx, cx)
+    for weight, alone in read.matrices():
+        flops = stack_backward(read.x, read.state, alone, 1 + read.bidirectional, read.layers, (), edges)
+        if flops:
+            yield _of_weight(call.step, call.gradient(), weight, flops)
 
 
+def _of_weight(step: Step, rows: Factor, weight: Factor, flops: int) -> Product:
+    name = weight.source.name if weight.source is not None and weight.source.kind == "parameter" else ""
+    return Product(step.entry, (rows, weight), (), flops, flops, parameter=name)
+
+
+RECURRENT = frozenset({"aten::lstm", "aten::gru", "aten::rnn_tanh", "aten::rnn_relu"})
 _BACKWARD: dict[str, Callable[[_Call], Iterator[Product]]] = {
     **dict.fromkeys(("aten::mm", "aten::bmm", "aten::matmul", "aten::linalg_matmul"), _two),
     **dict.fromkeys(("aten::mv", "aten::dot", "aten::vdot"), _two),
@@ -206,12 +243,14 @@ _BACKWARD: dict[str, Callable[[_Call], Iterator[Product]]] = {
     **dict.fromkeys((f"aten::conv{kind}{n}d" for kind in ("", "_transpose") for n in (1, 2, 3)), _convolution),
     **dict.fromkeys(("aten::convolution", "aten::_convolution", "aten::_convolution_mode"), _convolution),
     "aten::scaled_dot_product_attention": _attention,
-    **dict.fromkeys(("aten::lstm", "aten::gru", "aten::rnn_tanh", "aten::rnn_relu"), _recurrent),
+    **dict.fromkeys(RECURRENT, _recurrent),
 }
 
 
 def known(step: Step) -> bool:
     """Is the backward of this call worked out here?"""
+    if step.entry.name in RECURRENT and 0 not in step.differentiated():
+        return False  # of the last states alone: the last steps are not differentiated whole
     return step.entry.name in _BACKWARD and not (step.entry.complex_inside and step.args[0].is_complex())
 
 

@@ -21,6 +21,7 @@ from torch import fx, nn
 
 from flopprof.counting.attribution import Frame, Names
 from flopprof.counting.count import _tensors as tensors_in
+from flopprof.counting.graph_walk import WANTED
 from flopprof.counting.imports import replaced
 from flopprof.counting.operands import Source
 from flopprof.counting.runtime import FlopCounter
@@ -28,6 +29,8 @@ from flopprof.counting.tally import first_shape
 from flopprof.profile import Kind
 
 HELD = "held"
+# Where torch makes autograd.Functions for operators: registered ones, and control flow.
+_OPERATORS = ("torch._library.", "torch._higher_order_ops.")
 FRAME, FUNCTION = "flopprof_frame", "flopprof_function"
 
 _annotate: Callable[[dict[str, Any]], Any] = getattr(torch.fx.traceback, "annotate", lambda _notes: nullcontext())
@@ -171,22 +174,23 @@ class _Watch:
         """Calls of modules and of autograd.Functions are noted."""
         call = nn.Module._call_impl
         apply = torch.autograd.Function.__dict__["apply"]
+        wanted = torch.Tensor.requires_grad_
         region = torch.utils.checkpoint._checkpoint_hook.__init__
         watch = self
 
         def module_call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            if threading.get_ident() != watch._thread:
+            if torch.compiler.is_dynamo_compiling() or threading.get_ident() != watch._thread:
                 return call(module, *args, **kwargs)
             return watch._called(module, call, args, kwargs)
 
         def function_apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
             original = apply.__get__(None, cls)
-            if threading.get_ident() != watch._thread or not watch._inside:
+            if torch.compiler.is_dynamo_compiling() or threading.get_ident() != watch._thread or not watch._inside:
                 return original(*args, **kwargs)
             if cls is torch.utils.checkpoint.CheckpointFunction:  # runs its forward without gradients, then again
                 watch.replays = True
                 return args[0](*args[2:])
-            if cls.__module__ != "torch._library.autograd":  # what registered operators make for themselves
+            if not cls.__module__.startswith(_OPERATORS):
                 watch.functions[cls.__name__] = None
             with _annotate({FUNCTION: cls.__name__}):
                 return original(*args, **kwargs)
@@ -195,7 +199,14 @@ class _Watch:
             watch.replays = True
             region(hook, *args, **kwargs)
 
+        def want(tensor: torch.Tensor, requires_grad: bool = True) -> torch.Tensor:
+            if requires_grad and watch._inside and not tensor.requires_grad and threading.get_ident() == watch._thread:
+                with _annotate({WANTED: True}):
+                    torch.ops.aten.copy_.default(tensor, tensor)
+            return wanted(tensor, requires_grad)
+
         undo = [
+            replaced(torch.Tensor, "requires_grad_", want),
             replaced(nn.Module, "_call_impl", module_call),
             replaced(torch.autograd.Function, "apply", classmethod(function_apply)),
             replaced(torch.utils.checkpoint._checkpoint_hook, "__init__", region_init),

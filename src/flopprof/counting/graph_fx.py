@@ -13,9 +13,11 @@ from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
+import torch.utils.checkpoint
 from torch import fx, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
+from flopprof.counting.imports import replaced
 from flopprof.counting.runtime import FlopCounter
 
 _CALLS, _STATE, _MODULE = "flopprof_calls", "flopprof_state", "flopprof_module"
@@ -28,10 +30,11 @@ State = tuple[bool, tuple[tuple[bool, Any], ...]]
 class Traced:
     """A graph, the nodes that its outputs are found in, and a tree of them and of what was no tensor."""
 
-    def __init__(self, graph: fx.Graph, inputs: list[Any], outputs: Any) -> None:
+    def __init__(self, graph: fx.Graph, outputs: list[fx.Node], tracer: _Tracer) -> None:
         self.graph = graph
-        self.inputs = inputs  # the tensors that its placeholders stand for, in order
         self.outputs = outputs
+        self.functions = tuple(tracer.functions)  # autograd.Functions that the model calls
+        self.replays = tracer.replays  # does it call a checkpoint that the graph does not show?
 
 
 class _Call:
@@ -55,6 +58,19 @@ class _Whole(nn.Module):
         self.run()
 
 
+class _Function:
+    """An autograd.Function's call, looked up when it runs."""
+
+    def __init__(self, cls: Any) -> None:
+        self.cls = cls
+        self.__name__ = cls.__name__
+        self.__qualname__ = cls.__qualname__
+        self.__module__ = cls.__module__
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.cls.apply(*args, **kwargs)
+
+
 class _Tracer(fx.Tracer):
     """Notes of each node which module calls were under way, and in which modes; takes modules nobody registered."""
 
@@ -63,7 +79,36 @@ class _Tracer(fx.Tracer):
     def __init__(self) -> None:
         super().__init__()
         self._calls: list[_Call] = []
-        self._strangers: dict[int, str] = {}
+        self.functions: dict[str, None] = {}
+        self.replays = False
+
+    @contextmanager
+    def observing(self) -> Iterator[None]:
+        """An autograd.Function is one node, which runs as it would; checkpoints are noted."""
+        original = torch.autograd.Function.__dict__["apply"]
+        region = torch.utils.checkpoint._checkpoint_hook.__init__
+        tracer = self
+
+        def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
+            if not any(isinstance(leaf, fx.Proxy) for leaf in tree_leaves((args, kwargs))):
+                return original.__get__(None, cls)(*args, **kwargs)
+            if cls is not torch.utils.checkpoint.CheckpointFunction:
+                tracer.functions[cls.__name__] = None
+            return tracer.create_proxy("call_function", _Function(cls), args, kwargs)
+
+        def region_init(hook: Any, *args: Any, **kwargs: Any) -> None:
+            tracer.replays = True
+            region(hook, *args, **kwargs)
+
+        undo = [
+            replaced(torch.autograd.Function, "apply", classmethod(apply)),
+            replaced(torch.utils.checkpoint._checkpoint_hook, "__init__", region_init),
+        ]
+        try:
+            yield
+        finally:
+            for put_back in reversed(undo):
+                put_back()
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         node = super().create_node(*args, **kwargs)
@@ -86,6 +131,8 @@ class _Tracer(fx.Tracer):
             self._calls.pop()
 
     def create_arg(self, a: Any) -> Any:
+        if callable(a) and not isinstance(a, fx.Proxy | fx.node.Node | torch.Tensor | torch._ops.OpOverload | type):
+            return a  # what a checkpoint runs
         if isinstance(a, torch.Tensor):  # whether somebody registered it or not
             node = self.create_node("get_attr", "tensor", (), {})
             node.meta[_MODULE] = a
@@ -106,7 +153,6 @@ def symbolic_trace(model: nn.Module, args: Any, kwargs: Any, loss: Callable[[Any
     """The graph of `loss(model(*args, **kwargs))`. Raises what torch.fx, or the model on stand-ins, raises."""
     tracer = _Tracer()
     leaves, spec = tree_flatten((args, kwargs))
-    inputs = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
     outputs: list[Any] = []
 
     def run() -> None:
@@ -119,14 +165,15 @@ def symbolic_trace(model: nn.Module, args: Any, kwargs: Any, loss: Callable[[Any
         outputs.extend(_proxies(output if loss is None else loss(output)))
 
     whole = _Whole(model, run)
-    graph = tracer.trace(whole)
-    return Traced(graph, inputs, [proxy.node for proxy in outputs])
+    with tracer.observing():
+        graph = tracer.trace(whole)
+    return Traced(graph, [proxy.node for proxy in outputs], tracer)
 
 
-def run(traced: Traced, counter: FlopCounter) -> list[Any]:
-    """Run the graph on meta under the open counter; returns what its output nodes gave."""
+def run(traced: Traced, args: Any, kwargs: Any, counter: FlopCounter) -> list[Any]:
+    """Run the graph on these meta inputs under the open counter; returns what its output nodes gave."""
     values: dict[fx.Node, Any] = {}
-    inputs = iter(traced.inputs)
+    inputs = iter(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor))
     place = _Place(counter)
     try:
         for node in traced.graph.nodes:
@@ -224,27 +271,46 @@ def on_meta(modules: list[nn.Module]) -> Iterator[Callable[[Any], Any]]:
             there: torch.Tensor = tensor.detach().to("meta")
             if isinstance(tensor, nn.Parameter):
                 there = nn.Parameter(there, requires_grad=tensor.requires_grad)
-            elif tensor.requires_grad:
+            elif tensor.requires_grad and tensor.is_leaf:
                 there.requires_grad_()
             known = moved[id(tensor)] = (tensor, there)
         return known[1]
 
-    seen: set[int] = set()
-    stack = list(modules)
-    while stack:
-        module = stack.pop()
-        if id(module) in seen:
-            continue
-        seen.add(id(module))
+    for module in reachable(modules):
         for held in (module._parameters, module._buffers):
             for name, tensor in held.items():
                 if tensor is not None:
                     held[name] = move(tensor)  # type: ignore[assignment]  # a parameter gives a parameter
         for name, value in list(vars(module).items()):
-            if name not in ("_parameters", "_buffers", "_modules") and not isinstance(value, nn.Module):
-                found = tree_leaves(value)
-                stack += [leaf for leaf in found if isinstance(leaf, nn.Module)]
-                if any(isinstance(leaf, torch.Tensor) for leaf in found):
-                    vars(module)[name] = tree_map_only(torch.Tensor, move, value)
-        stack += [child for child in module._modules.values() if child is not None]
+            if name not in _REGISTRIES and any(isinstance(leaf, torch.Tensor) for leaf in tree_leaves(value)):
+                vars(module)[name] = tree_map_only(torch.Tensor, move, value)
     yield lambda tree: tree_map_only(torch.Tensor, move, tree)
+
+
+def reachable(modules: list[nn.Module]) -> list[nn.Module]:
+    """These modules, their submodules, and those that they hold in lists and other attributes without registering."""
+    found: dict[int, nn.Module] = {}
+    stack = list(modules)
+    while stack:
+        module = stack.pop()
+        if id(module) not in found:
+            found[id(module)] = module
+            stack += [child for child in module._modules.values() if child is not None]
+            for name, value in vars(module).items():
+                if name not in _REGISTRIES:
+                    stack += [leaf for leaf in tree_leaves(value) if isinstance(leaf, nn.Module)]
+    return list(found.values())
+
+
+def outermost(modules: list[nn.Module]) -> list[nn.Module]:
+    """As many of these and of those that they hold as it takes to have each in a tree of registered ones."""
+    kept = list(modules)
+    inside = {id(part) for module in kept for part in module.modules()}
+    for module in reachable(modules):
+        if id(module) not in inside:
+            kept.append(module)
+            inside |= {id(part) for part in module.modules()}
+    return kept
+
+
+_REGISTRIES = frozenset({"_parameters", "_buffers", "_modules"})

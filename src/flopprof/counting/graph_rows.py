@@ -10,7 +10,7 @@ import torch
 
 from flopprof.counting.alone import Alone
 from flopprof.counting.gradients import CUTS, FIRST_ONLY, Flow, Step, Value, tensors_of
-from flopprof.counting.graph_backward import Factor, Product, backward, known
+from flopprof.counting.graph_backward import RECURRENT, Factor, Product, backward, known, recurrent_forward
 from flopprof.counting.operands import Source
 from flopprof.counting.operators import Kind, is_composite
 from flopprof.counting.tally import dtype_name
@@ -67,7 +67,8 @@ class Rows:
 
     def _step(self, step: Step) -> None:
         entry, differentiated = step.entry, step.live and any(step.wants)
-        if entry.kind is Kind.COUNTED and not _complex_inside(step):
+        everything: tuple[Phase, ...] = ("forward", "backward", "recompute")
+        if entry.kind is Kind.COUNTED and not _taken_apart(step):
             cost = self._cost(step)
             if cost is None:
                 return
@@ -88,8 +89,7 @@ class Rows:
         elif entry.kind is Kind.FREE:
             if differentiated:
                 self._run_alone(step, heavy=("backward",), light=("backward",))
-        elif entry.kind is Kind.OPAQUE:
-            everything: tuple[Phase, ...] = ("forward", "backward", "recompute")
+        elif entry.kind in (Kind.OPAQUE, Kind.COUNTED):
             if not self._run_alone(step, heavy=everything, light=everything):
                 self._not_counted(step, "no formula, and it cannot be run by itself")
         else:
@@ -118,8 +118,10 @@ class Rows:
         causal = cost.causal if isinstance(cost, Cost) and cost.causal is not None else full
         results = tuple((tuple(out.shape), out.dtype) for out in tensors_of(step.out))
         product = Product(step.entry, (), results, full, causal, isinstance(cost, Cost) and cost.mask_known)
-        row = _row(step, "forward", product, factors, _parameter(step))
-        return self._add(row, step.times, sited=True)
+        if step.entry.name in RECURRENT:
+            sites = [self._add(_row(step, "forward", one), step.times, sited=True) for one in recurrent_forward(step)]
+            return sites[0]
+        return self._add(_row(step, "forward", product, factors), step.times, sited=True)
 
     def _backward(self, step: Step, cost: int | Cost, site: str) -> None:
         try:
@@ -128,7 +130,7 @@ class Rows:
             self._not_counted(step, str(error), "backward")
             return
         for product in products:
-            row = _row(step, "backward", product, list(enumerate(product.factors)), _parameter(step))
+            row = _row(step, "backward", product)
             self._add(msgspec.structs.replace(row, joined_to=site), step.times)
 
     def _add(self, one: OperatorRow, calls: int, *, sited: bool = False) -> str:
@@ -213,9 +215,11 @@ class Rows:
                 self._add_light("aten::add", fqn, "backward", uses[origin] - 1, (uses[origin] - 1) * tensor.numel())
 
 
-def _row(step: Step, phase: Phase, product: Product, factors: list[tuple[int, Factor]], parameter: str) -> OperatorRow:
+def _row(step: Step, phase: Phase, product: Product, given: list[tuple[int, Factor]] | None = None) -> OperatorRow:
     """One call, with no calls noted."""
     entry = product.entry
+    # The factors of a product that is not the graph's own call are all that it multiplies.
+    factors = [(entry.positions[0], factor) for factor in product.factors] if given is None else given
     multiplied = [factor.dtype for position, factor in factors if position in entry.positions]
     # A complex multiply-add is four real multiplications and four real additions.
     each = 4 if multiplied and all(dtype.is_complex for dtype in multiplied) else 1
@@ -233,7 +237,7 @@ def _row(step: Step, phase: Phase, product: Product, factors: list[tuple[int, Fa
         flops_causal=each * product.causal,
         mask_known=product.known,
         bytes=sum(math.prod(shape) * dtype.itemsize for shape, dtype in moved),
-        parameter=parameter,
+        parameter=_parameter(step) if product.parameter is None else product.parameter,
         line=step.line,
     )
 
@@ -272,11 +276,13 @@ def step_cost(step: Step) -> int:
     return cost.flops if isinstance(cost, Cost) else cost
 
 
+_CELLS = frozenset(f"aten::{kind}_cell" for kind in ("lstm", "gru", "rnn_tanh", "rnn_relu"))
 _SUMS = ("flops", "flops_full", "flops_causal", "bytes")
 
 
-def _complex_inside(step: Step) -> bool:
-    return step.entry.complex_inside and bool(step.args[0].is_complex())
+def _taken_apart(step: Step) -> bool:
+    """Is the call counted by what it runs: several weights at once, or three real convolutions?"""
+    return step.entry.name in _CELLS or (step.entry.complex_inside and bool(step.args[0].is_complex()))
 
 
 def _parameter(step: Step) -> str:

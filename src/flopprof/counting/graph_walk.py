@@ -15,6 +15,9 @@ from flopprof.counting.graph_backward import entry_of
 
 _HIGHER = torch._ops.HigherOrderOperator
 
+# Marks a node that stands for `requires_grad_`, which no operator is.
+WANTED = "flopprof_wanted"
+
 BRANCH = "torch.cond: one of its branches runs, and the graph does not say which: the one with more FLOPs was counted."
 LOOP = "torch.while_loop: the graph does not say how often it runs: one round was counted."
 
@@ -69,8 +72,12 @@ class Walk:
     def _step(
         self, target: Any, node: fx.Node, env: dict[fx.Node, list[Value]], frame: Frame, graded: bool, times: int
     ) -> list[Value]:
+        if node.meta.get("custom", {}).get(WANTED):
+            (value,) = env[_nodes(node.args)[0]]
+            self.flow.want(value)
+            return [value]
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), _held)
-        step = Step(entry_of(target), args, kwargs, node.meta.get("val"), frame, times)
+        step = Step(entry_of(target), args, kwargs, node.meta.get("val"), frame, times=times)
         operands = []
         positions = _keyword_positions(target, node)
         for position, item in [*enumerate(node.args), *((positions[key], value) for key, value in node.kwargs.items())]:
@@ -99,7 +106,7 @@ class Walk:
         if len(bodies) == 1 and len(operands) == len(_placeholders(bodies[0])):
             return self._body(bodies[0], operands, frame, graded, times)
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), _held)
-        step = Step(entry_of(node.target), args, kwargs, node.meta.get("val"), frame, times)
+        step = Step(entry_of(node.target), args, kwargs, node.meta.get("val"), frame, times=times)
         tensors = [
             (position, tensor, value)
             for position, item in enumerate(node.args)
@@ -147,7 +154,7 @@ class Walk:
 
 def _nodes(tree: Any) -> list[fx.Node]:
     found: list[fx.Node] = []
-    fx.node.map_arg(tree, found.append)  # type: ignore[arg-type]  # called for what it does
+    fx.node.map_arg(tree, found.append)  # called for what it does
     return found
 
 
