@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from flopprof.errors import FlopprofError as FlopprofError
     from flopprof.formulas import Cost as Cost
     from flopprof.formulas import register_formula as register_formula
+    from flopprof.ledger import reconcile as reconcile
     from flopprof.models import Workload as Workload
     from flopprof.models import load as load
     from flopprof.profile import Profile as Profile
@@ -25,11 +26,23 @@ _HOME = {
     "FlopprofError": "flopprof.errors",
     "Cost": "flopprof.formulas",
     "register_formula": "flopprof.formulas",
+    "reconcile": "flopprof.ledger",
     "Workload": "flopprof.models",
     "load": "flopprof.models",
     "Profile": "flopprof.profile",
 }
-__all__ = ["Cost", "FlopCounter", "FlopprofError", "Profile", "Workload", "count", "load", "region", "register_formula"]
+__all__ = [
+    "Cost",
+    "FlopCounter",
+    "FlopprofError",
+    "Profile",
+    "Workload",
+    "count",
+    "load",
+    "reconcile",
+    "region",
+    "register_formula",
+]
 
 
 def __getattr__(name: str) -> Any:  # the value is whatever the public name is

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import msgspec
 
@@ -23,6 +23,9 @@ from flopprof.rows import (
     UncountedRow,
 )
 from flopprof.symbolic import Forms, sums_of
+
+if TYPE_CHECKING:
+    from flopprof.ledger import Ledger
 
 __all__ = [
     "PHASES",
@@ -258,6 +261,12 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True):
             for row in self.operators
         )
         return msgspec.structs.replace(self, operators=rows, attention=attention)
+
+    def reconcile(self, tokens: int | None = None) -> Ledger:
+        """Why these counts differ from 2 N T and 6 N T, term by term; `flopprof.ledger.reconcile` says more."""
+        from flopprof.ledger import reconcile
+
+        return reconcile(self, tokens)
 
     def to_json(self) -> str:
         """The whole profile as JSON, schema `flopprof.profile/1`."""
