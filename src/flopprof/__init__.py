@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from flopprof.counting.count import count as count
+    from flopprof.counting.graph import trace as trace
     from flopprof.counting.runtime import FlopCounter as FlopCounter
     from flopprof.counting.runtime import region as region
     from flopprof.errors import FlopprofError as FlopprofError
@@ -21,6 +22,7 @@ __version__ = "0.1.0.dev0"
 
 _HOME = {
     "count": "flopprof.counting.count",
+    "trace": "flopprof.counting.graph",
     "FlopCounter": "flopprof.counting.runtime",
     "region": "flopprof.counting.runtime",
     "FlopprofError": "flopprof.errors",
@@ -42,6 +44,7 @@ __all__ = [
     "reconcile",
     "region",
     "register_formula",
+    "trace",
 ]
 
 

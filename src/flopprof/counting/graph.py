@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import linecache
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import msgspec
 import torch
@@ -15,14 +15,19 @@ from torch import nn
 
 from flopprof.counting import graph_fx
 from flopprof.counting.attribution import Frame
+from flopprof.counting.closed import closed
 from flopprof.counting.count import _own as own_inputs
 from flopprof.counting.count import _to_differentiate as to_differentiate
+from flopprof.counting.count import count
 from flopprof.counting.gradients import Flow, Value, reach, tensors_of
 from flopprof.counting.graph_export import Exported, export, read
 from flopprof.counting.graph_rows import Rows, step_cost
 from flopprof.counting.graph_walk import Walk
+from flopprof.counting.guesses import named
+from flopprof.counting.placing import moved_to_meta, outermost
 from flopprof.counting.preserve import modules_within, preserved
 from flopprof.counting.runtime import FlopCounter
+from flopprof.counting.values import carried, on_meta
 from flopprof.errors import Untraceable, UsageError
 from flopprof.profile import Attention, ModuleRow, Profile
 
@@ -42,17 +47,22 @@ def trace(
     *args: Any,
     backward: bool = False,
     loss: Callable[[Any], torch.Tensor] | None = None,
+    dynamic: Mapping[str, Any] | None = None,
     engine: Engine = "auto",
     attention: Attention = "full",
+    lines: bool = False,
     **kwargs: Any,
 ) -> Profile:
     """FLOPs of `model(*args, **kwargs)` from its graph: the same Profile as count(), without running a kernel.
 
     model      a module, a GraphModule or an ExportedProgram, on any device (its example inputs are its arguments)
     backward   also the backward pass of `loss(output)`, or of the sum of the output's floating tensors
+    dynamic    name -> (argument, dimension), or several of them: counts are closed forms in these sizes as well,
+               `profile.formula()`, `profile.at(batch=8)`; an argument is a position or a keyword
     engine     `fx`: torch.fx's symbolic trace, each node run on meta; `export`: torch.export's graph, only read;
                `auto`: fx where it traces and proves equal to a counted forward, else export
     attention  `full` counts every query-key pair, `causal` only those that the operator's mask lets through
+    lines      also tell the line of source of every count: `profile.by_line()`
 
     Raises Untraceable, naming the construct and the line of the model that stopped it, and UsageError.
 
@@ -66,29 +76,54 @@ def trace(
         raise UsageError(f"attention {attention!r} is neither 'full' nor 'causal'.")
     backward = backward or loss is not None
     if isinstance(model, torch.export.ExportedProgram):
-        return _finished(_program(model, engine, loss, backward), attention)
-    if not isinstance(model, nn.Module):
+        if dynamic is not None:
+            raise UsageError("an ExportedProgram has the sizes that it was exported with: give trace the module.")
+        profile = _program(model, engine, loss, backward, lines)
+    elif not isinstance(model, nn.Module):
         raise UsageError(f"trace takes a module or an exported program, got {type(model).__name__}: use count.")
-    profile = None
-    if engine != "export":
-        profile = _by_fx(model, args, kwargs, loss, backward, insist=engine == "fx")
-    if profile is None:
-        profile = _by_export(model, args, kwargs, loss, backward)
-    return _finished(profile, attention)
-
-
-def _finished(profile: Profile, attention: Attention) -> Profile:
+    elif dynamic is not None:
+        profile = _closed(model, args, kwargs, dynamic, engine, Wish(loss, backward, lines))
+    else:
+        profile = _traced(model, args, kwargs, engine, Wish(loss, backward, lines))
     return msgspec.structs.replace(profile, device="meta").with_attention(attention)
 
 
+class Wish(NamedTuple):
+    """What is to be counted beside the forward."""
+
+    loss: Callable[[Any], Any] | None
+    backward: bool
+    lines: bool
+
+
+def _traced(model: nn.Module, args: Any, kwargs: Any, engine: Engine, wish: Wish) -> Profile:
+    profile = None if engine == "export" else _by_fx(model, args, kwargs, wish, insist=engine == "fx")
+    return _by_export(model, args, kwargs, wish) if profile is None else profile
+
+
+def _closed(model: nn.Module, args: Any, kwargs: Any, dynamic: Mapping[str, Any], engine: Engine, wish: Wish) -> Any:
+    """Forms fitted to counts on meta: whole counts, or traces where an engine was asked for."""
+
+    def count_at(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Profile:
+        if engine != "auto":
+            return _traced(model, args, kwargs, engine, wish)
+        return count(model, *args, backward=wish.backward, loss=wish.loss, lines=wish.lines, **kwargs)
+
+    if engine != "auto":
+        return closed(count_at, args, kwargs, dynamic)
+    modules = outermost(modules_within(model, args, kwargs, wish.loss))
+    with preserved(modules, (args, kwargs)), moved_to_meta(modules) as move:
+        return closed(count_at, move(args), move(kwargs), dynamic)
+
+
 # --- torch.export ----------------------------------------------------------------------------------------------------
-def _program(program: torch.export.ExportedProgram, engine: Engine, loss: Any, backward: bool) -> Profile:
+def _program(program: torch.export.ExportedProgram, engine: Engine, loss: Any, backward: bool, lines: bool) -> Profile:
     if engine == "fx":
         raise UsageError("an ExportedProgram is a graph of torch.export: leave engine='fx' out.")
     if loss is not None:
         raise UsageError("an ExportedProgram returns its tensors alone: give trace the module to have loss= applied.")
     exported = read(program)
-    rows, assumptions = _read(exported, backward)
+    rows, assumptions = _read(exported, backward, lines)
     profile = rows.extend(Profile(modules=_modules(program, exported.frames), torch_version=str(torch.__version__)))
     parameters = {id(tensor): tensor for _name, tensor in program.named_parameters()}.values()
     return msgspec.structs.replace(
@@ -114,19 +149,19 @@ def _modules(program: torch.export.ExportedProgram, frames: dict[str, Frame]) ->
     )
 
 
-def _by_export(model: nn.Module, args: Any, kwargs: Any, loss: Any, backward: bool) -> Profile:
+def _by_export(model: nn.Module, args: Any, kwargs: Any, wish: Wish) -> Profile:
     counter = FlopCounter(model)
-    with preserved(graph_fx.outermost(modules_within(model, args, kwargs, loss)), (args, kwargs)):
+    with preserved(outermost(modules_within(model, args, kwargs, wish.loss)), (args, kwargs)):
         try:
-            exported = export(model, args, kwargs, loss, counter)
+            exported = export(model, args, kwargs, wish.loss, counter)
         except Exception as error:
             raise _untraceable("torch.export", model, error) from error
-        rows, assumptions = _read(exported, backward)
+        rows, assumptions = _read(exported, wish.backward, wish.lines)
         profile = rows.extend(counter.profile)
     return msgspec.structs.replace(profile, assumptions=(*profile.assumptions, *assumptions))
 
 
-def _read(exported: Exported, backward: bool) -> tuple[Rows, list[str]]:
+def _read(exported: Exported, backward: bool, lines: bool) -> tuple[Rows, list[str]]:
     """Rows of every call in the graph, and what had to be guessed."""
     program, flow = exported.program, Flow()
     values: dict[str, list[Value]] = {}
@@ -140,7 +175,7 @@ def _read(exported: Exported, backward: bool) -> tuple[Rows, list[str]]:
                 )
             source = exported.sources.get(node.name)
             values[node.name] = [flow.leaf(wants=backward and tensor.requires_grad, source=source) for tensor in held]
-    walk = Walk(flow, exported.frame_of, step_cost)
+    walk = Walk(flow, exported.frame_of, step_cost, lines=lines)
     returned = walk.graph(program.graph_module, values, exported.frames[""])
     kinds = [spec.kind.name for spec in program.graph_signature.output_specs]
     outputs: list[Value] = []
@@ -162,11 +197,11 @@ def _read(exported: Exported, backward: bool) -> tuple[Rows, list[str]]:
 
 
 # --- torch.fx --------------------------------------------------------------------------------------------------------
-def _by_fx(model: nn.Module, args: Any, kwargs: Any, loss: Any, backward: bool, *, insist: bool) -> Profile | None:
+def _by_fx(model: nn.Module, args: Any, kwargs: Any, wish: Wish, *, insist: bool) -> Profile | None:
     """The profile of the model's fx graph; None where there is none that proves right and nobody insists on it."""
     try:
-        traced, profile = _run_fx(model, args, kwargs, loss, backward)
-        counted = _forward(model, args, kwargs, loss, backward)
+        traced, profile = _run_fx(model, args, kwargs, wish)
+        counted = _forward(model, args, kwargs, wish)
     except Exception as error:
         if insist:
             raise _untraceable("torch.fx", model, error) from error
@@ -179,42 +214,47 @@ def _by_fx(model: nn.Module, args: Any, kwargs: Any, loss: Any, backward: bool, 
                 "use engine='export', or flopprof.count, which runs the model."
             )
         return None
-    assumptions = [RUN.format(name) for name in traced.functions] if backward else []
-    assumptions += [REPLAYED] if backward and traced.replays else []
+    assumptions = [RUN.format(name) for name in traced.functions] if wish.backward else []
+    assumptions += [REPLAYED] if wish.backward and traced.replays else []
     # The graph's nodes know no module's output.
     return msgspec.structs.replace(profile, modules=counted.modules, assumptions=(*profile.assumptions, *assumptions))
 
 
-def _run_fx(model: nn.Module, args: Any, kwargs: Any, loss: Any, backward: bool) -> tuple[graph_fx.Traced, Profile]:
+@contextmanager
+def _on_meta(model: nn.Module, args: Any, kwargs: Any, wish: Wish) -> Iterator[tuple[Any, Any, FlopCounter, Any]]:
+    """(args, kwargs, open counter, keep): everything on meta, with values carried where the model came so."""
+    modules = outermost(modules_within(model, args, kwargs, wish.loss))
+    valued = on_meta(model, args, kwargs)
+    with preserved(modules, (args, kwargs)) as keep, moved_to_meta(modules) as move, ExitStack() as stack:
+        if wish.backward:
+            stack.enter_context(torch.enable_grad())
+        given, also = own_inputs(move(args)), own_inputs(move(kwargs))
+        counter = FlopCounter(model, lines=wish.lines)
+        if valued:
+            stack.enter_context(carried(counter.assume, named(model, args, kwargs)))
+        yield given, also, counter, keep
+
+
+def _run_fx(model: nn.Module, args: Any, kwargs: Any, wish: Wish) -> tuple[graph_fx.Traced, Profile]:
     """The graph, and the profile of its run on meta."""
-    modules = graph_fx.outermost(modules_within(model, args, kwargs, loss))
-    with preserved(modules, (args, kwargs)) as keep, graph_fx.on_meta(modules) as move, _graded(backward):
-        args, kwargs = own_inputs(move(args)), own_inputs(move(kwargs))
-        traced = graph_fx.symbolic_trace(model, args, kwargs, loss)
-        counter = FlopCounter(model)
+    with _on_meta(model, args, kwargs, wish) as (given, also, counter, keep):
+        traced = graph_fx.symbolic_trace(model, given, also, wish.loss, lines=wish.lines)
         with counter:
-            leaves = to_differentiate(graph_fx.run(traced, args, kwargs, counter), None)
-            if backward and leaves:
+            leaves = to_differentiate(graph_fx.run(traced, given, also, counter), None)
+            if wish.backward and leaves:
                 keep.gradients(leaves)
                 torch.autograd.backward(leaves, [torch.ones_like(leaf) for leaf in leaves])
         return traced, counter.profile
 
 
-def _forward(model: nn.Module, args: Any, kwargs: Any, loss: Any, backward: bool) -> Profile:
+def _forward(model: nn.Module, args: Any, kwargs: Any, wish: Wish) -> Profile:
     """The profile of the model's own forward on meta."""
-    modules = graph_fx.outermost(modules_within(model, args, kwargs, loss))
-    with preserved(modules, (args, kwargs)), graph_fx.on_meta(modules) as move, _graded(backward):
-        args, kwargs = own_inputs(move(args)), own_inputs(move(kwargs))
-        counter = FlopCounter(model)
+    with _on_meta(model, args, kwargs, wish) as (given, also, counter, _keep):
         with counter:
-            output = model(*args, **kwargs)
-            if loss is not None:
-                loss(output)
+            output = model(*given, **also)
+            if wish.loss is not None:
+                wish.loss(output)
         return counter.profile
-
-
-def _graded(backward: bool) -> Any:
-    return torch.enable_grad() if backward else nullcontext()
 
 
 def _said(profile: Profile) -> Any:

@@ -175,7 +175,7 @@ class _Watch:
         call = nn.Module._call_impl
         apply = torch.autograd.Function.__dict__["apply"]
         wanted = torch.Tensor.requires_grad_
-        region = torch.utils.checkpoint._checkpoint_hook.__init__
+        region: Callable[..., None] = torch.utils.checkpoint._checkpoint_hook.__init__
         watch = self
 
         def module_call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:

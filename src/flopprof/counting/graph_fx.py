@@ -10,14 +10,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import fields, is_dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import torch.utils.checkpoint
 from torch import fx, nn
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from flopprof.counting.imports import replaced
+from flopprof.counting.lines import line_in_trace
 from flopprof.counting.runtime import FlopCounter
 
 _CALLS, _STATE, _MODULE = "flopprof_calls", "flopprof_state", "flopprof_module"
@@ -149,9 +151,12 @@ class _Tracer(fx.Tracer):
         return attr_val
 
 
-def symbolic_trace(model: nn.Module, args: Any, kwargs: Any, loss: Callable[[Any], Any] | None) -> Traced:
+def symbolic_trace(
+    model: nn.Module, args: Any, kwargs: Any, loss: Callable[[Any], Any] | None, *, lines: bool = False
+) -> Traced:
     """The graph of `loss(model(*args, **kwargs))`. Raises what torch.fx, or the model on stand-ins, raises."""
     tracer = _Tracer()
+    tracer.record_stack_traces = lines
     leaves, spec = tree_flatten((args, kwargs))
     outputs: list[Any] = []
 
@@ -185,10 +190,22 @@ def run(traced: Traced, args: Any, kwargs: Any, counter: FlopCounter) -> list[An
                 values[node] = node.meta[_MODULE]
             else:
                 with place.at(node):
-                    values[node] = _run(node, values)
+                    values[node] = _at_line(node, partial(_run, node, values))
     finally:
         place.leave(0)
     return [values[node] for node in traced.outputs]
+
+
+def _at_line(node: fx.Node, run: Callable[[], Any]) -> Any:
+    """Run it as though it were called on the line of the model that it was traced on: a counter looks there."""
+    classes = [type(call.module) for call in node.meta[_CALLS]]
+    file, _, number = line_in_trace(node.stack_trace, classes).rpartition(":")
+    if not file:
+        return run()
+    result: list[Any] = []
+    code = compile("\n" * (int(number) - 1) + "result.append(run())", file, "exec")
+    exec(code, {"result": result, "run": run})
+    return result[0]
 
 
 def _run(node: fx.Node, values: dict[fx.Node, Any]) -> Any:
@@ -256,61 +273,3 @@ def _proxies(output: Any) -> Iterator[fx.Proxy]:
     elif is_dataclass(output) and not isinstance(output, type):
         for item in fields(output):
             yield from _proxies(getattr(output, item.name))
-
-
-@contextmanager
-def on_meta(modules: list[nn.Module]) -> Iterator[Callable[[Any], Any]]:
-    """The modules hold meta tensors; yields what moves a tree of inputs. The caller puts the modules back."""
-    moved: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-
-    def move(tensor: torch.Tensor) -> torch.Tensor:
-        if tensor.device.type == "meta":
-            return tensor
-        known = moved.get(id(tensor))
-        if known is None:
-            there: torch.Tensor = tensor.detach().to("meta")
-            if isinstance(tensor, nn.Parameter):
-                there = nn.Parameter(there, requires_grad=tensor.requires_grad)
-            elif tensor.requires_grad and tensor.is_leaf:
-                there.requires_grad_()
-            known = moved[id(tensor)] = (tensor, there)
-        return known[1]
-
-    for module in reachable(modules):
-        for held in (module._parameters, module._buffers):
-            for name, tensor in held.items():
-                if tensor is not None:
-                    held[name] = move(tensor)  # type: ignore[assignment]  # a parameter gives a parameter
-        for name, value in list(vars(module).items()):
-            if name not in _REGISTRIES and any(isinstance(leaf, torch.Tensor) for leaf in tree_leaves(value)):
-                vars(module)[name] = tree_map_only(torch.Tensor, move, value)
-    yield lambda tree: tree_map_only(torch.Tensor, move, tree)
-
-
-def reachable(modules: list[nn.Module]) -> list[nn.Module]:
-    """These modules, their submodules, and those that they hold in lists and other attributes without registering."""
-    found: dict[int, nn.Module] = {}
-    stack = list(modules)
-    while stack:
-        module = stack.pop()
-        if id(module) not in found:
-            found[id(module)] = module
-            stack += [child for child in module._modules.values() if child is not None]
-            for name, value in vars(module).items():
-                if name not in _REGISTRIES:
-                    stack += [leaf for leaf in tree_leaves(value) if isinstance(leaf, nn.Module)]
-    return list(found.values())
-
-
-def outermost(modules: list[nn.Module]) -> list[nn.Module]:
-    """As many of these and of those that they hold as it takes to have each in a tree of registered ones."""
-    kept = list(modules)
-    inside = {id(part) for module in kept for part in module.modules()}
-    for module in reachable(modules):
-        if id(module) not in inside:
-            kept.append(module)
-            inside |= {id(part) for part in module.modules()}
-    return kept
-
-
-_REGISTRIES = frozenset({"_parameters", "_buffers", "_modules"})

@@ -12,6 +12,7 @@ from torch import fx
 from flopprof.counting.attribution import Frame
 from flopprof.counting.gradients import Flow, Step, Value, tensors_of
 from flopprof.counting.graph_backward import entry_of
+from flopprof.counting.lines import line_in_trace
 
 _HIGHER = torch._ops.HigherOrderOperator
 
@@ -25,11 +26,19 @@ LOOP = "torch.while_loop: the graph does not say how often it runs: one round wa
 class Walk:
     """One walk over a graph and the graphs inside it."""
 
-    def __init__(self, flow: Flow, frame_of: Callable[[fx.Node], Frame | None], cost: Callable[[Step], int]) -> None:
+    def __init__(
+        self,
+        flow: Flow,
+        frame_of: Callable[[fx.Node], Frame | None],
+        cost: Callable[[Step], int],
+        *,
+        lines: bool = False,
+    ) -> None:
         self.flow = flow
         self.assumptions: dict[str, None] = {}
         self._frame_of = frame_of
         self._cost = cost
+        self._lines = lines
 
     def graph(
         self, module: Any, values: dict[str, list[Value]], frame: Frame, *, graded: bool = True, times: int = 1
@@ -77,7 +86,9 @@ class Walk:
             self.flow.want(value)
             return [value]
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), _held)
-        step = Step(entry_of(target), args, kwargs, node.meta.get("val"), frame, times=times)
+        step = Step(
+            entry_of(target), args, kwargs, node.meta.get("val"), frame, times=times, line=self._line(node, frame)
+        )
         operands = []
         positions = _keyword_positions(target, node)
         for position, item in [*enumerate(node.args), *((positions[key], value) for key, value in node.kwargs.items())]:
@@ -85,6 +96,19 @@ class Walk:
                 tensors = tensors_of(_held(operand))
                 operands += [(position, tensor, value) for tensor, value in zip(tensors, env[operand], strict=True)]
         return self.flow.record(step, operands, graded=graded)
+
+    def _made(self, target: Any, node: fx.Node, frame: Frame, times: int) -> Step:
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), _held)
+        line = self._line(node, frame)
+        return Step(entry_of(target), args, kwargs, node.meta.get("val"), frame, times=times, line=line)
+
+    def _line(self, node: fx.Node, frame: Frame) -> str:
+        if not self._lines:
+            return ""
+        stack = node.meta.get("nn_module_stack") or {}
+        classes: list[Any] = [cls for _path, cls in stack.values()]
+        module = frame.module() if frame.module is not None else None
+        return line_in_trace(node.meta.get("stack_trace"), [*classes, *([type(module)] if module is not None else [])])
 
     # --- control flow ------------------------------------------------------------------------------------------
     def _higher(
@@ -106,7 +130,9 @@ class Walk:
         if len(bodies) == 1 and len(operands) == len(_placeholders(bodies[0])):
             return self._body(bodies[0], operands, frame, graded, times)
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), _held)
-        step = Step(entry_of(node.target), args, kwargs, node.meta.get("val"), frame, times=times)
+        step = Step(
+            entry_of(node.target), args, kwargs, node.meta.get("val"), frame, times=times, line=self._line(node, frame)
+        )
         tensors = [
             (position, tensor, value)
             for position, item in enumerate(node.args)
