@@ -17,12 +17,15 @@ class Sheet:
     """What a counter says of each place.
 
     counts: FLOPs by operator. blind: operators that it was given there, that multiply, and that it has no formula for.
+    slips: FLOPs that it is known to give too many there, by the reason.
     aligned: its operators are those that torch's dispatcher runs, so that equal names can be compared.
     """
 
     aligned: bool = True
     counts: dict[Place, dict[str, int]] = field(default_factory=lambda: defaultdict(lambda: defaultdict(int)))
     blind: dict[Place, dict[str, int]] = field(default_factory=lambda: defaultdict(lambda: defaultdict(int)))
+
+    slips: dict[Place, dict[str, int]] = field(default_factory=lambda: defaultdict(lambda: defaultdict(int)))
 
     def total(self) -> int:
         """All FLOPs."""

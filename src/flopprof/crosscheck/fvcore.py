@@ -6,8 +6,9 @@ import io
 import logging
 import math
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr, suppress
 from typing import Any
 
 import torch
@@ -54,13 +55,17 @@ def sheet(workload: Workload) -> Sheet:
     with preserved([workload.model], flat.tensors), _quiet():
         analysis = FlopCountAnalysis(flat, flat.tensors)
         analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
+        slips = [_Slip(analysis, *known) for known in _SLIPS]
         counts = analysis.by_module_and_operator()
         missing = {name: analysis.unsupported_ops(name) for name in counts}
     found = Sheet(aligned=False)
+    for slip in slips:
+        for name, macs in slip.macs.items():
+            found.slips[_place(name)][slip.sentence] += 2 * macs
     for name in counts:
         if name == "":  # the wrapper: what it holds is the model's
             continue
-        place: Place = (name.removeprefix("model").removeprefix("."), "forward")
+        place = _place(name)
         children = [child for child in counts if child and child.rpartition(".")[0] == name]
         for operator, macs in counts[name].items():
             own = macs - sum(counts[child][operator] for child in children)
@@ -74,6 +79,61 @@ def sheet(workload: Workload) -> Sheet:
             elif own and operator.startswith("prim::PythonOp"):
                 found.blind[place][operator.removeprefix("prim::PythonOp.")] += own
     return found
+
+
+def _place(scope: str) -> Place:
+    return scope.removeprefix("model").removeprefix("."), "forward"
+
+
+def _matmul(inputs: Sequence[Any], outputs: Sequence[Any]) -> int:
+    """Each element of the result is a sum over the last dimension of the first factor."""
+    return math.prod(_sizes(outputs[0])) * _sizes(inputs[0])[-1]
+
+
+def _einsum(inputs: Sequence[Any], outputs: Sequence[Any]) -> int:
+    """Of two factors: the product of the sizes of all indices."""
+    terms = inputs[0].toIValue().replace(" ", "").partition("->")[0].split(",")
+    shapes = [_sizes(value) for value in inputs[1].node().inputs()]
+    if len(terms) != 2:
+        raise ValueError("of more factors, the order decides")
+    sizes = {
+        index: size for term, shape in zip(terms, shapes, strict=True) for index, size in zip(term, shape, strict=True)
+    }
+    return math.prod(sizes.values())
+
+
+def _sizes(value: Any) -> list[int]:
+    return list(value.type().sizes())
+
+
+_SLIPS: tuple[tuple[str, Callable[[Sequence[Any], Sequence[Any]], int], str], ...] = (
+    ("aten::matmul", _matmul, "leaves out of matmul the batch that only its second factor has"),
+    ("aten::einsum", _einsum, "reads the cost of einsum off a printed figure of four digits"),
+)
+
+
+class _Slip:
+    """Where fvcore's count of one operator is not the product of its shapes: by how many multiply-adds, by scope."""
+
+    def __init__(
+        self,
+        analysis: Any,
+        operator: str,
+        count: Callable[[Sequence[Any], Sequence[Any]], int],
+        sentence: str,
+    ) -> None:
+        self.macs: Counter[str] = Counter()
+        self.sentence = sentence
+        original = analysis._op_handles[operator]
+
+        def handle(inputs: Sequence[Any], outputs: Sequence[Any]) -> Any:
+            said = original(inputs, outputs)
+            with suppress(ValueError, IndexError):  # shapes of another kind: then nothing is known
+                scope = outputs[0].node().scopeName().rpartition("/")[2]
+                self.macs[scope] += math.floor(said) - count(inputs, outputs)
+            return said
+
+        analysis.set_op_handle(operator, handle)
 
 
 @contextmanager

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from flopprof.crosscheck import reasons
 from flopprof.crosscheck.cells import Place, Sheet, family
+from flopprof.crosscheck.reasons import Reason
 from flopprof.crosscheck.result import Gap, Side
 from flopprof.profile import OperatorRow
 
@@ -18,24 +19,35 @@ def gaps(counter: str, theirs: Sheet, ours: Mapping[Place, Sequence[OperatorRow]
 
     Modules that differ by amounts that cancel each other in one operator differ in their names only: left out.
     """
-    found: dict[tuple[str, Side, str], list[tuple[str, int]]] = {}
+    found: dict[tuple[str, Side, str], list[tuple[str, int, frozenset[int]]]] = {}
     for place in dict.fromkeys([*ours, *theirs.counts]):
         for operator, difference, reason in _at(counter, theirs, place, ours.get(place, ())):
-            found.setdefault((operator, place[1], reason), []).append((place[0], difference))
+            key = operator, place[1], reason.sentence
+            found.setdefault(key, []).append((place[0], difference, reason.multiples))
     parts = []
-    for (operator, side, reason), places in found.items():
-        amount = sum(difference for _module, difference in places)
-        if amount:
-            modules = tuple(module for module, _difference in places)
-            parts.append(Gap(operator=operator, side=side, flops=amount, reason=reason, modules=modules))
+    for (operator, side, sentence), places in found.items():
+        flops = sum(difference for _module, difference, _multiples in places)
+        multiples = [number for _module, _difference, numbers in places for number in numbers]
+        if flops:
+            parts.append(
+                Gap(
+                    operator=operator,
+                    side=side,
+                    flops=flops,
+                    reason=sentence,
+                    multiples=(min(multiples), max(multiples)) if multiples else None,
+                    modules=tuple(module for module, _difference, _multiples in places),
+                )
+            )
     return tuple(sorted(parts, key=lambda gap: (-abs(gap.flops), gap.operator)))
 
 
-def _at(counter: str, theirs: Sheet, place: Place, rows: Sequence[OperatorRow]) -> Iterator[tuple[str, int, str]]:
+def _at(counter: str, theirs: Sheet, place: Place, rows: Sequence[OperatorRow]) -> Iterator[tuple[str, int, Reason]]:
     """(operator, difference, reason) in one module and pass, family by family of operators."""
     counts = theirs.counts.get(place, {})
-    families = dict.fromkeys([*map(family, (row.op for row in rows)), *map(family, counts)])
-    for kind in families:
+    if theirs.aligned and sum(counts.values()) == sum(row.flops for row in rows):
+        return  # the same work, perhaps in other operators: fused here, in pieces there
+    for kind in dict.fromkeys([*map(family, (row.op for row in rows)), *map(family, counts)]):
         mine = [row for row in rows if family(row.op) == kind]
         given = {operator: flops for operator, flops in counts.items() if family(operator) == kind}
         if sum(given.values()) == sum(row.flops for row in mine):
@@ -52,17 +64,23 @@ def _at(counter: str, theirs: Sheet, place: Place, rows: Sequence[OperatorRow]) 
 
 def _explained(
     counter: str, theirs: Sheet, place: Place, label: str, given: Mapping[str, int], rows: Sequence[OperatorRow]
-) -> tuple[str, int, str]:
+) -> tuple[str, int, Reason]:
     said, counted = sum(given.values()), sum(row.flops for row in rows)
     difference = said - counted
     operator = " and ".join(sorted(given)) or label
+    for sentence, flops in theirs.slips.get(place, {}).items():
+        if flops == difference:
+            return operator, difference, Reason(sentence)
     blind = _suspects(theirs.blind.get(place, {}), rows)
     if difference < 0 and blind and _is_part(said, rows):
         names = " or ".join(blind)
-        return names, difference, f"no {names}"
+        return names, difference, Reason(f"no {names}")
     if not counted and family(operator) == "elementwise":
-        return operator, difference, f"counts {operator}, which is elementwise and apart in flopprof"
-    return operator, difference, reasons.find(counter, rows, difference) or _multiple(operator, said, counted)
+        return operator, difference, Reason(f"counts {operator}, which is elementwise and apart in flopprof")
+    reason = reasons.find(counter, rows, difference)
+    if not reason.sentence and counted and said and said % counted == 0:
+        reason = Reason(f"counts {operator} too often", frozenset({said // counted}))
+    return operator, difference, reason
 
 
 def _suspects(blind: Mapping[str, int], rows: Sequence[OperatorRow]) -> list[str]:
@@ -83,10 +101,3 @@ def _is_part(said: int, rows: Sequence[OperatorRow]) -> bool:
         if len(sums) > _MOST_SUMS:
             return said == 0
     return said in sums
-
-
-def _multiple(operator: str, said: int, counted: int) -> str:
-    """`x2` where they count a whole multiple of ours."""
-    if counted and said > counted and said % counted == 0:
-        return f"counts {operator} x{said // counted}"
-    return ""

@@ -16,6 +16,7 @@ class Gap(msgspec.Struct, frozen=True, kw_only=True):
 
     operator   as the counter calls it, or ours where the counter has none
     reason     why, where the numbers bear a reason out; else empty
+    multiples  of our count that they count, smallest and largest, where the reason is one of multiples
     modules    where, in the order of the model
     """
 
@@ -23,6 +24,7 @@ class Gap(msgspec.Struct, frozen=True, kw_only=True):
     side: Side
     flops: int
     reason: str = ""
+    multiples: tuple[int, int] | None = None
     modules: tuple[str, ...] = ()
 
 

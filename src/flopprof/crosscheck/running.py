@@ -12,7 +12,8 @@ from flopprof.counting.count import _own as own_inputs
 from flopprof.counting.count import _to_differentiate as to_differentiate
 from flopprof.counting.guesses import named
 from flopprof.counting.preserve import modules_within, preserved
-from flopprof.counting.values import carried, moved, needs_values
+from flopprof.counting.values import carried
+from flopprof.counting.values_inputs import moved, needs_values
 from flopprof.models import Workload
 
 T = TypeVar("T")
@@ -37,7 +38,6 @@ def run(
         with preserved(modules_within(model, args, kwargs), (args, kwargs)) as keep, ExitStack() as stack:
             if values:
                 stack.enter_context(carried(lambda _: None, named(model, args, kwargs)))
-            if workload.device == "meta":
                 args, kwargs = moved(args), moved(kwargs)
             if backward:
                 args, kwargs = own_inputs(args), own_inputs(kwargs)

@@ -87,6 +87,9 @@ def _facts(reading: Reading, step: int, unit: str) -> Iterator[tuple[str, str]]:
 def _sentence(gap: Gap, step: int, unit: str) -> str:
     amount = f"{format_fixed(abs(gap.flops), step)} {unit} {'missing' if gap.flops < 0 else 'too many'}"
     reason = gap.reason or f"counts {gap.operator} otherwise"
+    if gap.multiples is not None:
+        least, most = gap.multiples
+        reason += f" (x{least})" if least == most else f" (x{least} to x{most})"
     side = " in backward" if gap.side == "backward" else ""
     return f"{reason}: {amount}{side}{_where(gap.modules)}"
 
@@ -100,7 +103,7 @@ def _where(modules: Sequence[str]) -> str:
 
 
 def _notes(result: Crosscheck, *, recomputed: bool) -> Iterator[tuple[str, str]]:
-    yield "unit", "1 MAC = 1 multiply-add = 2 FLOPs; attention counted in full by all"
+    yield "unit", "1 MAC = 1 multiply-add = 2 FLOPs; flopprof counts attention in full"
     if recomputed:
         yield "recompute", "FlopCounterMode counts what is computed again as backward"
     if result.uncounted:

@@ -15,7 +15,7 @@ from flopprof.report.facts import Facts
 from flopprof.report.grid import Column, Grid
 from flopprof.units import common_step, format_fixed, format_share, unit_name
 
-_NUMBER = re.compile(r"(?<![^.])[0-9]+(?![^.])")
+_NUMBER = re.compile(r"(?<![^._-])[0-9]+(?![^.])")  # layers.3, encoder_layer_3, block1-3; not conv3
 _UNKNOWN = "(unknown)"
 _ROOT = "(root)"
 
