@@ -137,7 +137,7 @@ class Values(TorchDispatchMode):
         def known(leaf: Any) -> Any:
             if not isinstance(leaf, _Tensor) or not leaf.is_meta:
                 return leaf
-            fact = self.store.get(leaf)
+            fact = self.fact(leaf)
             value = None if fact is None or fact.labels else self.store.shadow(leaf, fact)
             if fact is None or value is None:
                 raise LookupError
@@ -164,7 +164,7 @@ class Values(TorchDispatchMode):
         if plan.composite:
             with self:
                 return func.decompose(*args, **kwargs)
-        metas, facts, known = self._facts(args, kwargs)
+        metas, facts, known = self._facts(plan, args, kwargs)
         if not metas and plan.device is None:
             return func(*args, **kwargs)  # real tensors alone
         if plan.filled is not None:
@@ -190,8 +190,9 @@ class Values(TorchDispatchMode):
 
     # --- what is known of the operands ------------------------------------------------------------------------------
     def fact(self, tensor: torch.Tensor) -> Fact | None:
-        """What is known of a tensor's storage, if it is on meta."""
-        return self.store.get(tensor) if tensor.is_meta else None
+        """What is known of a tensor's values, if it is on meta."""
+        fact = self.store.get(tensor) if tensor.is_meta else None
+        return fact if fact is not None and fact.written else None
 
     def floats(self) -> bool:
         """Are floats worth following? In a backward no model asks for them, but where it runs forward again."""
@@ -200,7 +201,7 @@ class Values(TorchDispatchMode):
     def _in_backward(self) -> bool:
         return _node() is not None and not torch.is_grad_enabled()
 
-    def _facts(self, args: Any, kwargs: Any) -> tuple[bool, list[Fact], bool]:
+    def _facts(self, plan: Plan, args: Any, kwargs: Any) -> tuple[bool, list[Fact], bool]:
         """Is a meta tensor among them; the facts of those that are known; are all known?"""
         metas, known = False, True
         facts: list[Fact] = []
@@ -208,7 +209,7 @@ class Values(TorchDispatchMode):
             if tensor.is_meta:
                 metas = True
                 fact = self.store.get(tensor)
-                if fact is None:
+                if fact is None or not (fact.written or plan.overwrites(tensor, args, kwargs)):
                     known = False
                 else:
                     facts.append(fact)
@@ -272,10 +273,11 @@ class Values(TorchDispatchMode):
                 if self.store.get(result) is None and result.shape == value.shape and fits(result, floats=floats):
                     self.store.bind(result, value, call.said, call.labels and not (plan.unique and position))
         for tensor in plan.written(call.args, call.kwargs):
-            fact = self.fact(tensor)
+            fact = self.store.get(tensor)
             if fact is not None:
                 fact.guesses |= call.said
                 fact.labels |= call.labels
+                fact.written = True
         return True
 
     def _guess(self, plan: Plan, args: Any, out: Any) -> None:
@@ -291,7 +293,9 @@ class Values(TorchDispatchMode):
             if isinstance(value, tuple):
                 value = args[value[0]] if len(args) > value[0] else kwargs["fill_value"]
             with aside():
-                filled = None if not value else _aten.full.default(out.shape, value, dtype=out.dtype, device="cpu")
+                filled = None
+                if value is not None:
+                    filled = _aten.full.default(out.shape, value, dtype=out.dtype, device="cpu")
                 self.store.bind(out, filled, _NOTHING, labels=False)
         return out
 

@@ -24,6 +24,12 @@ _UNWRITTEN = frozenset({"aten::empty", "aten::empty_strided", "aten::empty_permu
 _MOVING = frozenset({"aten::set", "aten::resize", "aten::resize_as", "aten::_resize_output"})
 
 # They move elements, and compute nothing from them: what is known of labels stays known.
+# Their result does not depend on what the argument that they write to held before, as far as they write.
+_OVERWRITING = frozenset(
+    f"aten::{name}"
+    for name in ("copy", "fill", "zero", "index_put", "_index_put_impl", "index_copy", "index_fill", "scatter",
+                 "masked_fill", "masked_scatter")
+)  # fmt: skip
 _CARRYING_NAMES = """clone copy contiguous cat stack index _unsafe_index index_select gather take flip roll repeat
     slice_scatter select_scatter index_copy index_fill index_put _index_put_impl masked_fill masked_scatter
     masked_select where scatter constant_pad_nd fill lift_fresh_copy _to_copy view_copy expand_copy slice_copy
@@ -46,8 +52,8 @@ class Plan:
     """
 
     __slots__ = (
-        "asks", "base", "carrying", "composite", "device", "equal", "filled", "higher", "names", "ordered", "random",
-        "unique", "unwritten", "view", "writes",
+        "asks", "base", "carrying", "composite", "device", "equal", "filled", "higher", "names", "ordered",
+        "overwriting", "random", "unique", "unwritten", "view", "writes",
     )  # fmt: skip
 
     def __init__(self, func: Any, base: str) -> None:
@@ -78,9 +84,16 @@ class Plan:
         self.random = torch.Tag.nondeterministic_seeded in tags or base in _MOVING
         self.device = next((i for i, item in enumerate(arguments) if item.name == "device"), None)
         self.filled = (_FILLED[base],) if base in _FILLED else None
+        self.overwriting = base in _OVERWRITING and self.writes == (0,)
         self.unwritten = base in _UNWRITTEN
         self.carrying, self.unique = base in _CARRYING, base in _UNIQUE
         self.equal, self.ordered = base in _EQUAL, base in _ORDERED
+
+    def overwrites(self, tensor: torch.Tensor, args: Any, kwargs: Any) -> bool:
+        """Does a call write to this tensor without a look at what it holds?"""
+        return (self.overwriting and args[0] is tensor) or any(
+            kwargs.get(place) is tensor for place in self.writes if isinstance(place, str)
+        )
 
     def written(self, args: Any, kwargs: Any) -> Iterator[torch.Tensor]:
         """The tensors that a call writes to."""

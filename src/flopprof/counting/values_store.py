@@ -26,15 +26,19 @@ class Fact:
 
     guesses  the sentences that its values rest on
     labels   its values are labels (token ids) of which only their being different is known
+    written  something was written to it since it was allocated
     """
 
-    __slots__ = ("guesses", "labels", "ref", "storage")
+    __slots__ = ("guesses", "labels", "ref", "storage", "written")
 
-    def __init__(self, ref: StorageWeakRef, storage: torch.UntypedStorage, guesses: frozenset[str], labels: bool):
+    def __init__(
+        self, ref: StorageWeakRef, storage: torch.UntypedStorage, guesses: frozenset[str], labels: bool, written: bool
+    ) -> None:
         self.ref = ref  # also keeps the address from being taken by another storage
         self.storage = storage
         self.guesses = guesses
         self.labels = labels
+        self.written = written
 
 
 class Store:
@@ -57,7 +61,7 @@ class Store:
             return None
 
     def bind(self, tensor: torch.Tensor, value: torch.Tensor | None, guesses: frozenset[str], labels: bool) -> None:
-        """Let a meta tensor with new storage carry `value` (CPU, its shape); None: no value was written yet."""
+        """Let a meta tensor with new storage carry `value` (CPU, its shape); None: nothing was written to it yet."""
         storage = tensor.untyped_storage()
         size = storage.nbytes()
         if not self._room(size):
@@ -65,7 +69,7 @@ class Store:
         held = _aten.zeros.default([size], dtype=torch.uint8, device="cpu").untyped_storage()
         if value is not None:
             _aten.copy_.default(_view(tensor, held), value)
-        self._facts[storage._cdata] = Fact(StorageWeakRef(storage), held, guesses, labels)
+        self._facts[storage._cdata] = Fact(StorageWeakRef(storage), held, guesses, labels, value is not None)
         self._bytes += size
 
     def shadow(self, tensor: torch.Tensor, fact: Fact) -> torch.Tensor | None:
