@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from fractions import Fraction
+from itertools import islice
 from typing import Any
 
 import sympy
@@ -13,12 +14,16 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
+from torch.overrides import TorchFunctionMode
 from torch.utils._sympy.functions import CleanDiv, FloorDiv, Mod, PythonMod
 
 from flopprof.counting.closed_places import Inputs, Sizes
 from flopprof.counting.closed_samples import CountAt, NotProved, Sample, Samples, rows_of
 from flopprof.forms import Condition, Form
 from flopprof.symbolic import replaced
+
+# Of an expression, its operators and operands: one size of a strided network has about ten.
+_MOST_PARTS = 60
 
 _RELATIONS = {sympy.Eq: "==", sympy.Ne: "!=", sympy.Le: "<=", sympy.Ge: ">=", sympy.Lt: "<", sympy.Gt: ">"}
 
@@ -44,9 +49,11 @@ def symbolic(count_at: CountAt, inputs: Inputs, hints: Sizes) -> tuple[tuple[For
         return torch.empty(shape, dtype=tensor.dtype, device=tensor.device).requires_grad_(tensor.requires_grad)
 
     try:
-        with mode, enable_python_dispatcher(), _hashable():
+        with mode, enable_python_dispatcher(), _hashable(), _Bounded():
             args, kwargs = inputs.made(integers, fake)
             rows = rows_of(count_at(args, kwargs))
+    except NotProved:
+        raise
     except Exception as error:  # whatever a model does with sizes that are no numbers
         lines = str(error).strip().splitlines() or [""]
         raise NotProved(f"the model does not run: {type(error).__name__}: {lines[0][:200]}") from error
@@ -106,6 +113,22 @@ def recognised(samples: Samples, forms: Sequence[Form], points: Sequence[Sizes])
 
 def _shape(values: tuple[int, ...]) -> tuple[Fraction, ...]:
     return tuple(Fraction(value, values[0]) for value in values)
+
+
+class _Bounded(TorchFunctionMode):
+    """Stops a model whose sizes grow more involved with every layer (windows padded again and again)."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor):
+            for size in out.shape:
+                if isinstance(size, torch.SymInt) and _parts(size.node.expr) > _MOST_PARTS:
+                    raise NotProved("the sizes inside the model have no short form")
+        return out
+
+
+def _parts(expression: Any) -> int:
+    return sum(1 for _ in islice(sympy.preorder_traversal(expression), _MOST_PARTS + 1))
 
 
 @contextmanager
