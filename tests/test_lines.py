@@ -8,7 +8,7 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ import flopprof
 from flopprof import FlopCounter
 from flopprof.cli.main import app
 from flopprof.counting.lines import line_in_trace, shorten, source_text
-from flopprof.profile import OperatorRow, Profile
+from flopprof.profile import OperatorRow, Phase, Profile
 from flopprof.report.lines import fold_names, lines_table
 from zoo import ZOO
 
@@ -306,6 +306,39 @@ def test_lines_change_no_count_and_leave_nothing_out(name: str) -> None:
     assert all(source_text(place) for place in lined.by_line())
 
 
+# torch.export's stack traces hold the frames called `forward` and no others, and name no caller of the model; torch.fx
+# traces no model of transformers.
+FX = ["gpt", "gpt, checkpointed", "grouped-query attention", "experts", "lora", "unet", "recurrent", "resnet18"]
+EXPORT = ["gpt", "grouped-query attention", "experts", "lora", "unet", "recurrent", "llama", "bert", "t5"]
+
+
+@pytest.mark.filterwarnings("ignore:LSTM with projections", "ignore:Initializing zero-element")
+@pytest.mark.parametrize(("engine", "name"), [*(("fx", name) for name in FX), *(("export", name) for name in EXPORT)])
+def test_engines_agree_on_every_line(engine: Literal["fx", "export"], name: str) -> None:
+    model, inputs = ZOO[name]()
+    ran = flopprof.count(model, *inputs, backward=True, lines=True)
+    traced = flopprof.trace(model, *inputs, backward=True, lines=True, engine=engine)
+    for phase in ("forward", "backward"):
+        assert traced.by_line(phase) == ran.by_line(phase)
+        assert places(traced, phase) == places(ran, phase)
+
+
+def places(profile: Profile, phase: Phase) -> set[tuple[str, str]]:
+    return {(row.fqn, row.line) for row in profile.operators if row.phase == phase}
+
+
+def test_exports_coarser_traces_leave_nothing_out() -> None:
+    model, inputs = ZOO["resnet18"]()
+    ran = flopprof.count(model, *inputs, lines=True)
+    traced = flopprof.trace(model, *inputs, lines=True, engine="export")
+    # ResNet.forward only calls _forward_impl, whose own lines export does not tell
+    assert sum(traced.by_line().values()) == ran.forward_flops
+    assert "" not in traced.by_line()
+    assert {line for line in traced.by_line() if line not in ran.by_line()} == {
+        next(line for line in traced.by_line() if source_text(line) == "return self._forward_impl(x)")
+    }
+
+
 # --- paths and traces ----------------------------------------------------------------------------
 def test_paths_are_written_as_one_would(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
@@ -364,6 +397,12 @@ def test_repeated_blocks_are_one_row() -> None:
     numbers = {body.strip(): i for i, body in enumerate(NETS.read_text().splitlines(), 1)}
     assert re.search(rf"^nets\.py:{numbers['x = block(x)']}  blocks\.0\.\.5\.0 +384  85\.7%$", text, re.MULTILINE)
     assert re.search(rf"^nets\.py:{numbers['return x @ self.scale']}  \(root\) +64  14\.3%$", text, re.MULTILINE)
+
+
+def test_torchs_own_modules_have_no_line_in_the_command(tmp_path: Path) -> None:
+    (tmp_path / "plain.py").write_text("from torch import nn\ndef build():\n    return nn.Linear(4, 5)\n")
+    text = printed(f"{tmp_path}/plain.py:build", "--input", "2x4", "--by", "line")
+    assert re.search(r"^\(unknown\)  \(root\) +80  100\.0%$", text, re.MULTILINE)
 
 
 def test_names_fold_where_only_numbers_differ() -> None:

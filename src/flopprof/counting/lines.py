@@ -31,6 +31,8 @@ _ENGINE: CodeType = instrument._Engine.run_backward.__code__
 
 # The folders of torch and of flopprof.
 _INSIDE = tuple(f"{os.path.dirname(place)}{os.sep}" for place in (torch.__file__, os.path.dirname(__file__)))
+# What calls count() there is no code of the user's.
+_COMMANDS = tuple(os.path.join(_INSIDE[1], folder, "") for folder in ("models", "crosscheck", "cli"))
 # Code that torch wrote, or that Python froze: nobody can open its file.
 _GENERATED = ("<eval_with_key>", "<torch_package", "<frozen ")
 _LIBRARIES = re.compile(r".*[/\\](?:site|dist)-packages[/\\]")
@@ -70,7 +72,7 @@ def running_line() -> str:
             found = next((by_file[file] for file in files if file in by_file), innermost)
             if files and found is not None:
                 return f"{found.f_code.co_filename}:{found.f_lineno}"
-        elif code is _ENGINE:
+        elif code is _ENGINE or code.co_filename.startswith(_COMMANDS):
             break
         elif _is_outside(code.co_filename) and code.co_filename not in by_file:
             by_file[code.co_filename] = frame
