@@ -12,6 +12,7 @@ from typer.core import TyperGroup
 import flopprof
 from flopprof.cli.count import count
 from flopprof.cli.crosscheck import crosscheck
+from flopprof.cli.reconcile import reconcile
 from flopprof.errors import FlopprofError
 
 _INTERRUPTED = 130
@@ -61,6 +62,7 @@ def _options(
 
 _EXAMPLES = "Examples:\n\nflopprof count resnet50 --backward\n\nflopprof count net.py:build --input 1x128:int64"
 app.command(epilog=_EXAMPLES)(count)
+app.command(epilog="Example:\n\nflopprof reconcile vit_b_16 --backward --frozen 'encoder.layers.*'")(reconcile)
 app.command(epilog="Example:\n\nflopprof crosscheck resnet50 --backward")(crosscheck)
 
 

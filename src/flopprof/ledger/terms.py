@@ -71,12 +71,14 @@ class Term(msgspec.Struct, frozen=True, kw_only=True):
 class ParameterUse(msgspec.Struct, frozen=True, kw_only=True):
     """What one parameter is multiplied: `reuse` is 1 where that is once per token, forward_flops = 2 n T.
 
+    embedding: of an nn.Embedding, also where a head is tied to it.
     Parameters that appear in one operator together (the weights of a recurrent layer) share its FLOPs by size.
     """
 
     name: str
     n: int
     trainable: bool
+    embedding: bool
     forward_flops: int
     reuse: float
 
@@ -100,7 +102,6 @@ class Ledger(msgspec.Struct, frozen=True, kw_only=True):
     tokens: int = 0
     n_params: int = 0
     n_params_active: int = 0
-    n_params_embedding: int = 0
     parameters: tuple[ParameterUse, ...] = ()
     joints: tuple[Joint, ...] = ()
     backward: Ledger | None = None
@@ -144,7 +145,7 @@ def reconcile(profile: Profile, tokens: int | None = None) -> Ledger:
     if profile.n_params and not profile.parameters:
         raise UsageError("this profile has no list of parameters: count the model again with this version of flopprof.")
     forward = [row for row in profile.operators if row.phase == "forward"]
-    uses, groups = _uses(forward, profile.parameters, count)
+    uses, groups = _uses(forward, profile, count)
     entries = [*_parameter_entries(groups, count), *_other_entries(forward)]
     unlisted = profile.n_params - sum(parameter.numel for parameter in profile.parameters)
     if unlisted:
@@ -160,7 +161,6 @@ def reconcile(profile: Profile, tokens: int | None = None) -> Ledger:
         tokens=count,
         n_params=profile.n_params,
         n_params_active=sum(min(use.n, use.forward_flops // (2 * count)) for use in uses),
-        n_params_embedding=_embedding(profile),
         parameters=tuple(uses),
         joints=found,
         backward=_backward(profile, found),
@@ -190,10 +190,9 @@ class _Group(msgspec.Struct):
     flops: int = 0
 
 
-def _uses(
-    forward: Iterable[OperatorRow], parameters: Iterable[ParameterRow], tokens: int
-) -> tuple[list[ParameterUse], list[_Group]]:
-    known = {parameter.name: parameter for parameter in parameters}
+def _uses(forward: Iterable[OperatorRow], profile: Profile, tokens: int) -> tuple[list[ParameterUse], list[_Group]]:
+    known = {parameter.name: parameter for parameter in profile.parameters}
+    classes = {row.fqn: row.cls for row in profile.modules}
     group_of = {name: _Group([parameter]) for name, parameter in known.items()}
     for row in forward:
         names = [name for name in multiplied(row) if name in known]
@@ -223,6 +222,7 @@ def _uses(
                 name=name,
                 n=parameter.numel,
                 trainable=parameter.trainable,
+                embedding=classes.get(name.rpartition(".")[0], "").endswith("Embedding"),
                 forward_flops=flops,
                 reuse=flops / two_n(parameter.numel, tokens),
             )
@@ -273,16 +273,6 @@ def _common(names: Iterable[str]) -> str:
         shared.append(parts[0])
     rest = ", ".join(".".join(path[len(shared) :]) for path in paths)
     return ".".join((*shared, f"{{{rest}}}"))
-
-
-def _embedding(profile: Profile) -> int:
-    """Parameters of nn.Embedding modules, a tied head's included: it is the same parameter."""
-    classes = {row.fqn: row.cls for row in profile.modules}
-    return sum(
-        parameter.numel
-        for parameter in profile.parameters
-        if classes.get(parameter.name.rpartition(".")[0], "").endswith("Embedding")
-    )
 
 
 # --- backward, hardware ------------------------------------------------------------------------------

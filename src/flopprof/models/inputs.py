@@ -107,6 +107,15 @@ def samples_in(batch: torch.Tensor | list[torch.Tensor]) -> int | None:
     return batch.shape[0] if batch.dim() else None
 
 
+def tokens_in(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int | None:
+    """How many tokens (batch, length) of ids hold: the decoder's where there are such, else the first; None: no ids."""
+    ids = kwargs.get("decoder_input_ids")
+    first = ids if isinstance(ids, torch.Tensor) else next(iter(tensors_in([*args, *kwargs.values()])), None)
+    if first is None or first.dim() != 2 or first.is_floating_point() or first.dtype == torch.bool:
+        return None
+    return first.numel()
+
+
 def describe_inputs(args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
     """Shapes and dtypes of the inputs: `1x3x224x224 float32, mask=1x128 bool`."""
     parts = [_describe(tensor) for argument in args for tensor in tensors_in(argument)]

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from flopprof.errors import FlopprofError, ModelFailed, UsageError
-from flopprof.models.inputs import first_line, place, tensors_in
+from flopprof.models.inputs import first_line, place, samples_in, tensors_in, tokens_in
 from flopprof.models.request import Request, construct, undisturbed_random_state
 from flopprof.models.workload import Workload
 
@@ -71,7 +71,8 @@ def _on(device: str, target: str, file: Path, source: Any, request: Request) -> 
         kwargs=place(kwargs, device, request.dtype),
         name=target,
         device=device,
-        samples=request.batch if "batch" in arguments else None,
+        tokens=tokens_in(args, kwargs),
+        samples=request.batch if "batch" in arguments else samples_in(tensors_in([*args, *kwargs.values()])[0]),
         on_cpu=partial(_on, "cpu", target, file, source, request)
         if request.device is None and device == "meta"
         else None,

@@ -1,0 +1,79 @@
+"""`flopprof reconcile`: the waterfall, its reasons, its verdict, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from flopprof.cli.main import app
+from flopprof.cli.reconcile import parse_lora
+from flopprof.errors import UsageError
+
+NETS = Path(__file__).parent / "sample_models" / "nets.py"
+MLP = f"{NETS}:Mlp"
+
+
+def run(*arguments: str, width: int = 80) -> Result:
+    return CliRunner().invoke(app, ["reconcile", *arguments], env={"COLUMNS": str(width), "NO_COLOR": "1"})
+
+
+def test_the_waterfall_of_a_small_network() -> None:
+    """2 rows through 8 -> 16 -> 4: N = 128 + 16 + 64 + 4; the biases are added, the first input wants no gradient."""
+    result = run(MLP, "--input", "2x8", "--backward", "--tokens", "2")
+    assert result.exit_code == 0, result.output
+    lines = [" ".join(line.split()) for line in result.stdout.splitlines()]
+    assert "2 N T 0.848 100.0%" in lines
+    assert "never multiplied -0.080 -9.4%" in lines
+    assert "= forward FLOPs 0.768 90.6%" in lines
+    assert "no input gradient -0.512 -33.3%" in lines
+    assert "= backward FLOPs 1.024 66.7%" in lines
+    assert any(line.startswith("this run 1.792 kFLOPs of training: 4.226 N T, not 6 N T") for line in lines)
+    assert max(len(line) for line in result.stdout.splitlines()) <= 80
+
+
+def test_json_closes(tmp_path: Path) -> None:
+    file = tmp_path / "ledger.json"
+    assert run(MLP, "--input", "2x8", "--backward", "--tokens", "2", "--json", str(file)).exit_code == 0
+    ledger = json.loads(file.read_text())
+    for part in (ledger, ledger["backward"], ledger["hardware"]):
+        assert part["estimate_flops"] + sum(term["flops"] for term in part["terms"]) == part["measured_flops"]
+
+
+def test_variants_change_the_verdict() -> None:
+    frozen = run(MLP, "--input", "2x8", "--backward", "--tokens", "2", "--frozen", "up")
+    assert frozen.exit_code == 0, frozen.output
+    assert "frozen weights" in frozen.stdout
+    adapted = run(MLP, "--input", "2x8", "--backward", "--tokens", "2", "--lora", "2:down")
+    assert adapted.exit_code == 0, adapted.output
+    assert "down.lora_A.weight" in adapted.stdout or "frozen weights" in adapted.stdout
+
+
+def test_samples_are_said_to_be_samples() -> None:
+    result = run("resnet18", "--batch", "2")
+    assert result.exit_code == 0, result.output
+    assert "2 samples" in result.stdout
+    assert "The model has no tokens" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--lora", "q_proj"], "write it as RANK:GLOB"),
+        (["--frozen", "nowhere"], "matches no parameter"),
+        (["--checkpointing", "reentrant"], "no repeated blocks"),
+    ],
+)
+def test_usage_errors(arguments: list[str], sentence: str) -> None:
+    result = run(MLP, "--input", "2x8", *arguments)
+    assert result.exit_code == 2
+    assert sentence in result.output
+
+
+def test_parse_lora() -> None:
+    assert parse_lora("16:*.q_proj") == (16, "*.q_proj")
+    for wrong in ("16", "x:y", "4:", ":y"):
+        with pytest.raises(UsageError):
+            parse_lora(wrong)
