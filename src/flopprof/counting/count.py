@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
 from torch.utils._pytree import tree_map_only
 
+from flopprof.counting.fold_call import Doubt
+from flopprof.counting.fold_charge import ordered
+from flopprof.counting.folding import foldable, folded
 from flopprof.counting.guesses import named
 from flopprof.counting.preserve import modules_within, preserved
 from flopprof.counting.runtime import FlopCounter
@@ -26,6 +29,7 @@ def count(
     optimizer: torch.optim.Optimizer | None = None,
     attention: Attention = "full",
     lines: bool = False,
+    fold: bool | None = None,
     **kwargs: Any,
 ) -> Profile:
     """FLOPs of `model(*args, **kwargs)`: per operator, module and phase; one multiply-add is 2.
@@ -35,6 +39,8 @@ def count(
     loss       output -> scalar; given, backward is counted
     optimizer  also count one step of it (phase `optimizer`); given, backward is counted
     lines      also tell the line of source of every count: `profile.by_line()`
+    fold       on meta, run a repeated block once and charge it to each, where that is proved to be the same; None:
+               yes. Elsewhere every block runs.
     attention  `full` counts every query-key pair, `causal` only those that the operator's mask lets through
 
     Parameters, gradients, buffers, inputs, optimizer state, random state, training mode and cached attributes are
@@ -46,44 +52,56 @@ def count(
     """
     if not callable(model):
         raise TypeError(f"count takes a module or a callable, got {type(model).__name__}.")
+    module = model if isinstance(model, torch.nn.Module) else None
     backward = backward or loss is not None or optimizer is not None
     meta = on_meta(model, args, kwargs)
 
-    def run(*, values: bool) -> Profile:
-        counter = FlopCounter(model if isinstance(model, torch.nn.Module) else None, attention=attention, lines=lines)
+    def run(*, values: bool, fold: bool) -> Profile:
+        counter = FlopCounter(module, attention=attention, lines=lines)
         within = modules_within(model, args, kwargs, loss)
         with preserved(within, (args, kwargs), optimizer) as keep, ExitStack() as stack:
             if values:
                 stack.enter_context(carried(counter.assume, named(model, args, kwargs)))
             # Without values a CPU tensor beside meta ones is the caller's choice (packed lengths must be one).
             given, also = (moved(args), moved(kwargs)) if values else (args, kwargs)
-            if not backward:
-                with counter:
-                    model(*given, **also)
-            else:
-                if optimizer is not None:
-                    optimizer.zero_grad()
+            if backward:
                 given, also = _own(given), _own(also)
-                with torch.enable_grad(), counter:
-                    leaves = _to_differentiate(model(*given, **also), loss)
-                    keep.gradients(leaves)
-                    if leaves:
-                        # The gradient of a sum is a one for each element: handed over, the sum is in no count.
-                        torch.autograd.backward(leaves, [torch.ones_like(leaf) for leaf in leaves])
-                    if optimizer is not None:
-                        optimizer.step()
-        return counter.profile
+                stack.enter_context(torch.enable_grad())
+            if optimizer is not None:
+                optimizer.zero_grad()
+            stack.enter_context(counter)
+            folds = stack.enter_context(folded(module, counter)) if fold and module is not None else None
+            leaves = _to_differentiate(model(*given, **also), loss)
+            if folds is not None:
+                folds.read(leaves)
+            if backward:
+                keep.gradients(leaves)
+                if leaves:
+                    # The gradient of a sum is a one for each element: handed over, the sum is in no count.
+                    torch.autograd.backward(leaves, [torch.ones_like(leaf) for leaf in leaves])
+                if optimizer is not None:
+                    if folds is not None:
+                        folds.fill_gradients()
+                    optimizer.step()
+        profile = counter.profile if folds is None else folds.charge(counter.profile)
+        return ordered(profile, module)
+
+    def attempt(*, values: bool) -> Profile:
+        if fold is not False and meta and foldable(model, (args, kwargs)):
+            with suppress(Doubt):
+                return run(values=values, fold=True)
+        return run(values=values, fold=False)
 
     # Most models ask for no values on meta, and are counted faster where none are carried. One that asks fails, or
     # leaves lengths unread that a formula needs.
     try:
-        profile = run(values=False)
+        profile = attempt(values=False)
     except Exception as error:
         if not meta or not needs_values(error):
             raise
-        return run(values=True)
+        return attempt(values=True)
     if meta and any(row.reason == LENGTHS_ON_META for row in profile.uncounted_rows):
-        return run(values=True)
+        return attempt(values=True)
     return profile
 
 
