@@ -11,8 +11,8 @@ RUN = "What is run"
 Target = Annotated[
     str,
     typer.Argument(
-        help="A torchvision name (resnet50), timm:NAME, or path/to/file.py:function_or_class that returns a "
-        "module, or (module, inputs).",
+        help="A torchvision name (resnet50), timm:NAME, path/to/file.py:function_or_class that returns a "
+        "module, or (module, inputs), or the model.pt2 that torch.export.save wrote.",
         metavar="TARGET",
         show_default=False,
     ),

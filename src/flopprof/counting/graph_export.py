@@ -172,7 +172,7 @@ class _Watch:
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Calls of modules and of autograd.Functions are noted."""
-        call = nn.Module._call_impl
+        call: Callable[..., Any] = nn.Module._call_impl
         apply = torch.autograd.Function.__dict__["apply"]
         wanted = torch.Tensor.requires_grad_
         region: Callable[..., None] = torch.utils.checkpoint._checkpoint_hook.__init__

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from flopprof.errors import UnknownTarget, UsageError
-from flopprof.models import pyfile, timm, vision
+from flopprof.models import exported, pyfile, timm, vision
 from flopprof.models.inputs import parse_dtype, parse_input
 from flopprof.models.request import Request
 from flopprof.models.workload import Workload
@@ -28,7 +28,7 @@ def load(
     train: bool = False,
     model_args: Mapping[str, object] | None = None,
 ) -> Workload:
-    """The workload that `target` names: `resnet50`, `timm:NAME` or `path/to/file.py:attribute`.
+    """The workload that `target` names: `resnet50`, `timm:NAME`, `path/to/file.py:attribute` or `model.pt2`.
 
     inputs: one shape per positional input (`2x8`, `1x128:int64`) instead of the model's own. device None: meta
     where that works, else CPU. Raises UnknownTarget, UsageError, MissingPackage or ModelFailed.
@@ -51,6 +51,8 @@ def load(
             f"{target!r} names a Hugging Face model, which this version does not support: "
             "return the model from a function and give path/to/file.py:function."
         )
+    if exported.names_file(target):
+        return exported.load(target, request)
     if pyfile.names_file(target):
         return pyfile.load(target, request)
     if vision.knows(target):

@@ -13,8 +13,10 @@ import torch
 from torch import nn
 
 from flopprof.counting.count import count as count_model
+from flopprof.counting.graph import Engine
+from flopprof.counting.graph import trace as trace_model
 from flopprof.counting.values import needs_values
-from flopprof.errors import FlopprofError, ModelFailed, ValuesUnknown
+from flopprof.errors import FlopprofError, ModelFailed, UsageError, ValuesUnknown
 from flopprof.models.inputs import describe_inputs, first_line
 from flopprof.profile import Attention, Profile
 
@@ -28,6 +30,7 @@ class Workload:
     """A model, the inputs it is called with, and how many tokens and samples those hold.
 
     assumptions: what was fixed about work that depends on the weights' values; they are added to the profile's.
+    program: the exported program that the model is made of, where it is one: then its graph is what is counted.
     `on_cpu` rebuilds the same workload with real values; it is set where flopprof itself chose the meta device.
     """
 
@@ -39,11 +42,12 @@ class Workload:
     tokens: int | None = None
     samples: int | None = None
     assumptions: tuple[str, ...] = ()
+    program: torch.export.ExportedProgram | None = field(default=None, repr=False, compare=False)
     on_cpu: Callable[[], Workload] | None = field(default=None, repr=False, compare=False)
 
     def describe(self) -> str:
         """Inputs and mode in one line: `input 1x3x224x224 float32, eval`."""
-        mode = "train" if self.model.training else "eval"
+        mode = "exported" if self.program is not None else "train" if self.model.training else "eval"
         return f"input {describe_inputs(self.args, self.kwargs)}, {mode}"
 
     def count(
@@ -57,8 +61,13 @@ class Workload:
     ) -> Profile:
         """The Profile of one run. A model that needs values is run on the CPU where meta was only flopprof's choice.
 
-        Raises ModelFailed, naming the module and the inputs, when the model itself raises.
+        An exported program is not run: its graph is counted, as trace() does. Raises ModelFailed, naming the module
+        and the inputs, when the model itself raises.
         """
+        if self.program is not None:
+            if optimizer is not None:
+                raise UsageError(f"{self.name} is an exported graph, which an optimizer does not step: leave it out.")
+            return self.trace(backward=backward, attention=attention, loss=loss, lines=lines)
         try:
             profile = count_model(
                 self.model,
@@ -78,6 +87,34 @@ class Workload:
                 return self.on_cpu().count(backward=backward, attention=attention, loss=loss, lines=lines)
             raise self._failure(error) from error
         self._refuse_mixed_types(profile)
+        return self._named(profile)
+
+    def trace(
+        self,
+        *,
+        backward: bool = False,
+        dynamic: Mapping[str, Any] | None = None,
+        engine: Engine = "auto",
+        attention: Attention = "full",
+        loss: Callable[[Any], torch.Tensor] | None = None,
+        lines: bool = False,
+    ) -> Profile:
+        """The Profile of the model's graph, as `flopprof.trace` makes it. Raises Untraceable where there is none."""
+        program = self.program
+        profile = trace_model(
+            self.model if program is None else program,
+            *(self.args if program is None else ()),
+            backward=backward,
+            dynamic=dynamic,
+            engine=engine,
+            attention=attention,
+            loss=loss,
+            lines=lines,
+            **(self.kwargs if program is None else {}),
+        )
+        return self._named(profile)
+
+    def _named(self, profile: Profile) -> Profile:
         return msgspec.structs.replace(
             profile,
             target=self.name,
