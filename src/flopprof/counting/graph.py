@@ -109,11 +109,14 @@ def _closed(model: nn.Module, args: Any, kwargs: Any, dynamic: Mapping[str, Any]
             return _traced(model, args, kwargs, engine, wish)
         return count(model, *args, backward=wish.backward, loss=wish.loss, lines=wish.lines, **kwargs)
 
+    def count_symbolic(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Profile:
+        return count(model, *args, backward=wish.backward, loss=wish.loss, fold=False, **kwargs)
+
     if engine != "auto":
-        return closed(count_at, args, kwargs, dynamic)
+        return closed(count_at, args, kwargs, dynamic, count_symbolic=count_symbolic)
     modules = outermost(modules_within(model, args, kwargs, wish.loss))
     with preserved(modules, (args, kwargs)), moved_to_meta(modules) as move:
-        return closed(count_at, move(args), move(kwargs), dynamic)
+        return closed(count_at, move(args), move(kwargs), dynamic, count_symbolic=count_symbolic)
 
 
 # --- torch.export ----------------------------------------------------------------------------------------------------
