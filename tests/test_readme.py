@@ -1,4 +1,4 @@
-"""The README's blocks run, and print what they show."""
+"""The blocks of the README and of docs/ run, and print what they show."""
 
 from __future__ import annotations
 
@@ -14,7 +14,12 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-COMMANDS = re.findall(r"```console\n\$ (.*?)\n(.*?)\n```", README, re.DOTALL)
+PAGES = ["README.md", *(str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("docs/*.md")))]
+COMMANDS = [
+    block
+    for page in PAGES
+    for block in re.findall(r"```console\n\$ (.*?)\n(.*?)\n```", (ROOT / page).read_text(), re.DOTALL)
+]
 
 
 def stable(text: str) -> list[str]:
@@ -23,7 +28,7 @@ def stable(text: str) -> list[str]:
 
 
 @pytest.mark.parametrize(("command", "shown"), COMMANDS)
-def test_a_command_prints_what_the_readme_shows(command: str, shown: str) -> None:
+def test_a_command_prints_what_the_pages_show(command: str, shown: str) -> None:
     environment = {**os.environ, "COLUMNS": "80", "NO_COLOR": "1"}
     words = [sys.executable, "-m", *command.split()]
     done = subprocess.run(words, capture_output=True, text=True, check=False, cwd=ROOT, env=environment)
@@ -31,11 +36,11 @@ def test_a_command_prints_what_the_readme_shows(command: str, shown: str) -> Non
     assert stable(done.stdout) == stable(shown)
 
 
-def test_the_readme_shows_commands() -> None:
-    assert len(COMMANDS) == 2
+def test_the_pages_show_commands() -> None:
+    assert len(COMMANDS) == sum((ROOT / page).read_text().count("```console") for page in PAGES) > 2
 
 
-@pytest.mark.parametrize("path", ["README.md", *(str(p.relative_to(ROOT)) for p in sorted(ROOT.glob("docs/*.md")))])
+@pytest.mark.parametrize("path", PAGES)
 def test_python_examples_run(path: str) -> None:
     failed, _tried = doctest.testfile(str(ROOT / path), module_relative=False)
     assert failed == 0
