@@ -299,12 +299,26 @@ def doctored(trace: Any) -> Any:
 
 
 def test_engines_that_disagree_are_told_by_module(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(check, "trace", doctored(check.trace))
+    monkeypatch.setattr(Workload, "trace", doctored(Workload.trace))
     result = run("crosscheck", f"{NETS}:Mlp", "--input", "2x8")
     assert result.exit_code == 1
     assert "flopprof's own engines disagree on" in result.stderr
     assert " in down: please report it." in result.stderr
     assert re.search(r"^ +down, forward: flopprof trace, fx 262, count 256$", result.stdout, re.MULTILINE)
+
+
+def test_folded_blocks_are_another_way_to_the_same_counts() -> None:
+    result = crosscheck(flopprof.load(f"{NETS}:Stack", inputs=["1x8"], device="meta"), backward=True)
+    folded = reading(result, "flopprof count, blocks folded")
+    assert folded.forward_flops == result.readings[0].forward_flops == 2 * 7 * 64
+    assert result.agree
+
+
+def test_a_graph_is_not_checked_against_itself(tmp_path: Path) -> None:
+    torch.export.save(torch.export.export(nn.Linear(2, 3), (torch.ones(1, 2),)), tmp_path / "net.pt2")
+    result = run("crosscheck", f"{tmp_path}/net.pt2")
+    assert result.exit_code == 2
+    assert "cross-check the model that it was exported from" in result.stderr
 
 
 # --- published figures ---------------------------------------------------------------------------

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Literal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 
 import msgspec
 
-from flopprof.counting.graph import trace
 from flopprof.crosscheck import flop_counter_mode, fvcore, published, reasons
 from flopprof.crosscheck.cells import Place, Sheet, rows_by_place, sheet_of
 from flopprof.crosscheck.gaps import gaps
 from flopprof.crosscheck.result import Crosscheck, Disagreement, Gap, Reading
-from flopprof.errors import FlopprofError
+from flopprof.errors import FlopprofError, UsageError
 from flopprof.models import Workload, vision
 from flopprof.models.inputs import first_line
 from flopprof.profile import OperatorRow, Profile
 
-# fvcore multiplies for real: beyond this many parameters the answer is not worth the wait and the memory.
+# fvcore multiplies for real: beyond these the answer is not worth the wait and the memory.
 _MOST_PARAMETERS = 1_000_000_000
+_MOST_FLOPS = 5_000_000_000_000
 
 Rows = Mapping[Place, Sequence[OperatorRow]]
 
@@ -29,7 +29,9 @@ def crosscheck(workload: Workload, *, backward: bool = False) -> Crosscheck:
 
     A counter that fails has a reading that says why. Raises ModelFailed where flopprof itself cannot count it.
     """
-    profile = workload.count(backward=backward)
+    if workload.program is not None:
+        raise UsageError(f"{workload.name} is one graph already: cross-check the model that it was exported from.")
+    profile = workload.count(backward=backward, fold=False)
     if profile.device == "cpu" and workload.device == "meta" and workload.on_cpu is not None:
         workload = workload.on_cpu()  # it needed values; so will the others
     counted = Reading(
@@ -43,8 +45,14 @@ def crosscheck(workload: Workload, *, backward: bool = False) -> Crosscheck:
     )
     readings = [counted]
     disagreements: list[Disagreement] = []
-    for engine in ("fx", "export"):
-        reading, differing = _graph(engine, workload, profile, backward=backward)
+    engines: dict[str, Callable[..., Profile]] = {
+        "flopprof trace, fx": partial(workload.trace, engine="fx"),
+        "flopprof trace, export": partial(workload.trace, engine="export"),
+    }
+    if profile.device == "meta":
+        engines = {"flopprof count, blocks folded": workload.count, **engines}
+    for name, engine in engines.items():
+        reading, differing = _engine(name, engine, profile, backward=backward)
         readings.append(reading)
         disagreements += differing
     readings += [_flop_counter_mode(workload, profile, backward=backward), _fvcore(workload, profile)]
@@ -61,12 +69,11 @@ def crosscheck(workload: Workload, *, backward: bool = False) -> Crosscheck:
 
 
 # --- our own ------------------------------------------------------------------------------------
-def _graph(
-    engine: Literal["fx", "export"], workload: Workload, expected: Profile, *, backward: bool
+def _engine(
+    name: str, engine: Callable[..., Profile], expected: Profile, *, backward: bool
 ) -> tuple[Reading, list[Disagreement]]:
-    name = f"flopprof trace, {engine}"
     try:
-        profile = trace(workload.model, *workload.args, backward=backward, engine=engine, **workload.kwargs)
+        profile = engine(backward=backward)
     except Exception as error:  # what an engine cannot do must not keep the others from being compared
         return Reading(counter=name, own=True, absent=_said(error)), []
     theirs, ours = sheet_of(profile, backward=backward), rows_by_place(expected, backward=backward, recompute=False)
@@ -75,7 +82,7 @@ def _graph(
         own=True,
         forward_flops=profile.forward_flops,
         backward_flops=profile.backward_flops if backward else None,
-        assumptions=profile.assumptions,
+        assumptions=tuple(sentence for sentence in profile.assumptions if sentence not in expected.assumptions),
     )
     return reading, list(_disagreements(name, theirs, ours))
 
@@ -105,7 +112,7 @@ def _fvcore(workload: Workload, profile: Profile) -> Reading:
     name = reasons.FVCORE
     if importlib.util.find_spec("fvcore") is None:
         return Reading(counter=name, macs=True, absent="not installed: pip install fvcore")
-    if profile.n_params > _MOST_PARAMETERS:
+    if profile.n_params > _MOST_PARAMETERS or profile.forward_flops > _MOST_FLOPS:
         return Reading(counter=name, macs=True, absent="it computes for real, and this model is too large for that")
     try:
         if workload.device == "meta":

@@ -58,6 +58,7 @@ class Workload:
         loss: Callable[[Any], torch.Tensor] | None = None,
         optimizer: torch.optim.Optimizer | None = None,
         lines: bool = False,
+        fold: bool | None = None,
     ) -> Profile:
         """The Profile of one run. A model that needs values is run on the CPU where meta was only flopprof's choice.
 
@@ -77,6 +78,7 @@ class Workload:
                 loss=loss,
                 optimizer=optimizer,
                 lines=lines,
+                fold=fold,
                 **self.kwargs,
             )
         except Exception as error:
