@@ -130,7 +130,7 @@ WRITES = [
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("write", WRITES)
 def test_what_an_unknown_write_reached_is_not_known_any_more(write: str, mode: Callable[[], Any]) -> None:
-    with mode(), noting():
+    with mode(), pytest.raises(ValuesUnknown), noting():
         known, source = torch.arange(4, device="meta"), meta(4, dtype=torch.long)
         other = known.view(2, 2)
         unknown_write(write, known, source)
@@ -142,7 +142,7 @@ def test_what_an_unknown_write_reached_is_not_known_any_more(write: str, mode: C
 
 
 def test_too_large_tensors_carry_nothing() -> None:
-    with noting():
+    with pytest.raises(ValuesUnknown), noting():
         with pytest.raises(ValuesUnknown):
             torch.zeros(1 << 26, dtype=torch.bool, device="meta").any().item()
         with pytest.raises(ValuesUnknown):
@@ -167,7 +167,7 @@ UNKNOWN: dict[str, Callable[[torch.Tensor], Any]] = {
 
 @pytest.mark.parametrize("name", UNKNOWN)
 def test_what_nobody_can_know_is_refused(name: str) -> None:
-    with noting() as notes, pytest.raises(ValuesUnknown, match="values that the meta device does not have"):
+    with pytest.raises(ValuesUnknown, match="values that the meta device does not have"), noting() as notes:
         UNKNOWN[name](meta(3, 4))
     assert notes == []
     with pytest.raises(ValuesUnknown):
@@ -177,7 +177,7 @@ def test_what_nobody_can_know_is_refused(name: str) -> None:
 @pytest.mark.parametrize("name", ["lengths", "grid_thw", "cu_seqlens", "num_items", "image_sizes"])
 def test_sizes_are_not_guessed(name: str) -> None:
     lengths = meta(3, dtype=torch.long)
-    with noting(**{name: lengths}), pytest.raises(ValuesUnknown):
+    with pytest.raises(ValuesUnknown), noting(**{name: lengths}):
         lengths.tolist()
 
 
@@ -197,8 +197,25 @@ def test_sizes_are_not_guessed(name: str) -> None:
 )
 def test_of_guessed_ids_only_their_being_different_is_known(ask: Callable[[torch.Tensor], Any]) -> None:
     ids = meta(2, 5, dtype=torch.long)
-    with noting(input_ids=ids), pytest.raises(ValuesUnknown):
+    with pytest.raises(ValuesUnknown), noting(input_ids=ids):
         ask(ids)
+
+
+def swallowed(x: torch.Tensor, flag: torch.Tensor) -> torch.Tensor:
+    try:
+        wide = bool(flag.any())
+    except RuntimeError:
+        return x
+    return x @ x if wide else x @ x[:, :1]
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_a_swallowed_question_is_asked_again_with_values(backward: bool) -> None:
+    x = meta(4, 4).requires_grad_()
+    known = count(swallowed, x, torch.tensor([False, False]), backward=backward)
+    assert known.forward_flops == 2 * 4 * 4 * 1
+    with pytest.raises(ValuesUnknown):
+        count(swallowed, x, meta(2), backward=backward)
 
 
 # --- guesses --------------------------------------------------------------------------------------------------------
@@ -403,7 +420,7 @@ def test_values_die_with_their_tensors_and_with_the_context() -> None:
     assert len(mode.store) == 0
     with pytest.raises(RuntimeError):
         kept.tolist()
-    with noting(), pytest.raises(ValuesUnknown):
+    with pytest.raises(ValuesUnknown), noting():
         kept.tolist()
 
 

@@ -15,6 +15,7 @@ from flopprof.counting.fold_charge import ordered
 from flopprof.counting.folding import foldable, folded
 from flopprof.counting.guesses import named
 from flopprof.counting.preserve import modules_within, preserved
+from flopprof.counting.questions import failures
 from flopprof.counting.runtime import FlopCounter
 from flopprof.counting.values import carried, moved, needs_values, on_meta
 from flopprof.formulas.attention import LENGTHS_ON_META
@@ -92,15 +93,16 @@ def count(
                 return run(values=values, fold=True)
         return run(values=values, fold=False)
 
-    # Most models ask for no values on meta, and are counted faster where none are carried. One that asks fails, or
-    # leaves lengths unread that a formula needs.
+    # Most models ask for no values on meta, and are counted faster where none are carried. One that asks fails, goes
+    # on by another branch, or leaves lengths unread that a formula needs.
+    failed = failures()
     try:
         profile = attempt(values=False)
     except Exception as error:
         if not meta or not needs_values(error):
             raise
         return attempt(values=True)
-    if meta and any(row.reason == LENGTHS_ON_META for row in profile.uncounted_rows):
+    if meta and (failures() > failed or any(row.reason == LENGTHS_ON_META for row in profile.uncounted_rows)):
         return attempt(values=True)
     return profile
 

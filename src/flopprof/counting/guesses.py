@@ -79,7 +79,7 @@ def of_operator(base: str, args: Any, out: Any) -> tuple[torch.Tensor, Guess] | 
     source = args[0] if args else None
     if not isinstance(source, torch.Tensor) or not source.is_floating_point():
         return None
-    if base in ("aten::isnan", "aten::isinf", "aten::isneginf", "aten::isposinf"):
+    if base in _ODD:
         return out, Guess(_aten.zeros.default(out.shape, dtype=torch.bool, device="cpu"), FINITE)
     if (base == "aten::eq" and args[1] is source) or (base == "aten::ne" and _is_infinite(args[1])):  # torch.isfinite
         return out, Guess(_aten.ones.default(out.shape, dtype=torch.bool, device="cpu"), FINITE)
@@ -90,6 +90,8 @@ def of_operator(base: str, args: Any, out: Any) -> tuple[torch.Tensor, Guess] | 
 
 
 _CHOICES = frozenset({"aten::topk", "aten::sort", "aten::argmax", "aten::max"})
+_ODD = frozenset({"aten::isnan", "aten::isinf", "aten::isneginf", "aten::isposinf"})
+GUESSED = _CHOICES | _ODD | {"aten::eq", "aten::ne"}  # the operators that of_operator has something to say of
 
 
 def _even(base: str, args: Any, scores: torch.Tensor, chosen: torch.Tensor) -> tuple[torch.Tensor, Guess] | None:

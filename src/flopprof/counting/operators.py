@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from flopprof.counting import questions
 from flopprof.formulas import RULES
 from flopprof.formulas.elementwise import ELEMENTWISE, Elementwise
 from flopprof.formulas.free import FREE, FREE_NAMESPACES, UNCOUNTED
@@ -89,6 +90,8 @@ class Entry:
         self.name = name
         self.kind = kind
         self.call: Callable[..., Any] = BINDINGS.get(func) or getattr(func, "_op", func)
+        if questions.asks(func):
+            self.call = questions.watched(self.call)
         self.formula: Formula = _no_formula
         self.wanted = False
         self.elementwise: Elementwise | None = None

@@ -23,6 +23,8 @@ from flopprof.counting.values_inputs import moved, needs_values, on_meta
 from flopprof.counting.values_lists import Lists
 from flopprof.counting.values_plans import Plan, labelled, leaves_meta, tensors_in
 from flopprof.counting.values_store import Fact, Store, aside, fits
+from flopprof.errors import ValuesUnknown
+from flopprof.formulas.attention import READERS
 
 __all__ = ["Values", "bypassed", "carried", "moved", "needs_values", "on_meta"]
 
@@ -44,11 +46,12 @@ def carried(note: Callable[[str], object], inputs: Mapping[str, torch.Tensor] | 
     inputs  tensors on meta whose values were not given, by name: the names tell what may be taken for them
 
     Open inside another it joins it. Operators are counted as they are without it: whatever counter is open, before
-    or later, sees each first. Questions that cannot be answered raise ValuesUnknown.
+    or later, sees each first. Questions that cannot be answered raise ValuesUnknown, at the latest on leaving.
     """
     outer = _open()
     values = outer if outer is not None else Values()
     values.listeners.append(note)
+    refused = len(values.refused)
     try:
         if outer is not None:
             for sentence in values.noted:
@@ -59,10 +62,13 @@ def carried(note: Callable[[str], object], inputs: Mapping[str, torch.Tensor] | 
             with values, Lists(values):
                 values.take(inputs or {})
                 yield
+        if len(values.refused) > refused:  # the model caught it, and went on by a branch that nobody knows to be right
+            raise values.refused[refused]
     finally:
         values.listeners.remove(note)
         if outer is None:
             values.store.clear()
+            values.refused.clear()  # their tracebacks hold what the model held
 
 
 def bypassed(func: Any, args: Any, kwargs: Any) -> None:
@@ -70,6 +76,21 @@ def bypassed(func: Any, args: Any, kwargs: Any) -> None:
     values = _open()
     if values is not None:
         values.forget(values.plan(func), args, kwargs)
+
+
+def _lengths(tensor: torch.Tensor) -> list[int] | None:
+    """The elements of a meta tensor, for formulas; None where they are not known."""
+    values = _open()
+    fact = values.fact(tensor) if values is not None else None
+    if values is None or fact is None or fact.labels:
+        return None
+    values.say(fact.guesses)
+    with aside():
+        value = values.store.shadow(tensor, fact)
+        return None if value is None else value.tolist()
+
+
+READERS.append(_lengths)
 
 
 def _open() -> Values | None:
@@ -99,6 +120,7 @@ class Values(TorchDispatchMode):
         self.store = Store()
         self.listeners: list[Callable[[str], object]] = []
         self.noted: dict[str, None] = {}
+        self.refused: list[ValuesUnknown] = []
         self._plans: dict[Any, Plan] = {}
 
     def __enter__(self) -> Values:
@@ -169,6 +191,13 @@ class Values(TorchDispatchMode):
             return func(*args, **kwargs)  # real tensors alone
         if plan.filled is not None:
             return self._filled(plan, func, args, kwargs)
+        if not known and plan.plain:  # as nearly all of a model does
+            out = func(*args, **kwargs)
+            if plan.writes:
+                self.forget(plan, args, kwargs)
+            elif plan.guessed and not self._in_backward():
+                self._guess(plan, args, out)
+            return out
         call = self._call(plan, func, args, kwargs, facts if known and not plan.random else None)
         if leaves_meta(plan, args, kwargs):
             return read(self, call)
@@ -184,8 +213,6 @@ class Values(TorchDispatchMode):
             return forge(self, call)
         if not self.compute(call, out):
             self.forget(plan, args, kwargs)
-            if call.lowered is None and not plan.writes and not self._in_backward():
-                self._guess(plan, args, out)
         return out
 
     # --- what is known of the operands ------------------------------------------------------------------------------

@@ -44,7 +44,7 @@ def read(values: Values, call: Call) -> Any:
     if call.lowered is None or any(
         fact is not None and fact.labels for fact in map(values.fact, tensors_in(call.args))
     ):
-        raise unknown(call.plan)
+        raise unknown(values, call.plan)
     values.say(call.said)
     args, kwargs = call.lowered
     if call.plan.base == "aten::copy":
@@ -62,7 +62,7 @@ def answer(values: Values, call: Call) -> Any:
     try:
         return call.func(*call.args, **call.kwargs)
     except RuntimeError as error:
-        raise unknown(call.plan) from error
+        raise unknown(values, call.plan) from error
 
 
 def forge(values: Values, call: Call) -> Any:
@@ -103,7 +103,7 @@ def _select(values: Values, call: Call) -> Any:
         if isinstance(index, torch.Tensor) and index.dtype in _MASKS:
             fact = values.fact(index)
             if index.is_meta and fact is None:
-                raise unknown(call.plan)
+                raise unknown(values, call.plan)
             if fact is not None:
                 values.say(fact.guesses)
             found += _places(values, index, fact)
@@ -144,7 +144,7 @@ def higher(values: Values, call: Call) -> Any:
     if call.plan.base == "higher_order::cond" and isinstance(args[0], torch.Tensor) and args[0].is_meta:
         fact = values.fact(args[0])
         if fact is None:
-            raise unknown(call.plan)
+            raise unknown(values, call.plan)
         values.say(fact.guesses)
         with aside():
             args = (values.store.shadow(args[0], fact), *args[1:])
@@ -156,9 +156,11 @@ def higher(values: Values, call: Call) -> Any:
     return call.func(*args, **kwargs)
 
 
-def unknown(plan: Plan) -> ValuesUnknown:
-    """The error for a question that has no answer."""
-    return ValuesUnknown(
+def unknown(values: Values, plan: Plan) -> ValuesUnknown:
+    """The error for a question that has no answer, noted."""
+    error = ValuesUnknown(
         f"{plan.base} asks for values that the meta device does not have, and that nothing honest can be guessed for: "
         "give the inputs that decide them on the CPU (small integers keep their values on meta), or count on the CPU."
     )
+    values.refused.append(error)
+    return error

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from flopprof.counting.guesses import GUESSED
 from flopprof.counting.values_store import Fact
 
 _MOST_SPECIAL = 64  # labels are compared with this many tokens at most: not with a whole vocabulary
@@ -18,6 +19,7 @@ _FILLED: dict[str, Any] = {
     "aten::full_like": (1,), "aten::new_full": (2,), "aten::empty_like": None, "aten::new_empty": None,
     "aten::new_empty_strided": None,
 }  # fmt: skip
+_LEAVING = frozenset({"aten::copy", "aten::_to_copy", "aten::masked_scatter_backward"})
 _UNWRITTEN = frozenset({"aten::empty", "aten::empty_strided", "aten::empty_permuted"})
 
 # They change which storage a tensor has, or its size: its values are not followed through them.
@@ -47,13 +49,14 @@ class Plan:
     composite is written in terms of others, and reached this mode whole
     asks      its result's shape depends on values, or it is a Python number
     random    its result is not for us to know
+    plain     on unknown operands it runs as it is: nothing is to be answered or refused
     writes    positions and names of the arguments that it writes to
     filled    (value or its position,) of results that only take an argument's shape
     """
 
     __slots__ = (
-        "asks", "base", "carrying", "composite", "device", "equal", "filled", "higher", "names", "ordered",
-        "overwriting", "random", "unique", "unwritten", "view", "writes",
+        "asks", "base", "carrying", "composite", "device", "equal", "filled", "guessed", "higher", "names",
+        "ordered", "overwriting", "plain", "random", "unique", "unwritten", "view", "writes",
     )  # fmt: skip
 
     def __init__(self, func: Any, base: str) -> None:
@@ -86,6 +89,8 @@ class Plan:
         self.filled = (_FILLED[base],) if base in _FILLED else None
         self.overwriting = base in _OVERWRITING and self.writes == (0,)
         self.unwritten = base in _UNWRITTEN
+        self.guessed = base in GUESSED
+        self.plain = not self.asks and base not in _LEAVING
         self.carrying, self.unique = base in _CARRYING, base in _UNIQUE
         self.equal, self.ordered = base in _EQUAL, base in _ORDERED
 
