@@ -27,9 +27,11 @@ from flopprof.counting.guesses import named
 from flopprof.counting.placing import moved_to_meta, outermost
 from flopprof.counting.preserve import modules_within, preserved
 from flopprof.counting.runtime import FlopCounter
+from flopprof.counting.tally import dtype_name
 from flopprof.counting.values import carried, on_meta
 from flopprof.errors import Untraceable, UsageError
 from flopprof.profile import Attention, ModuleRow, Profile
+from flopprof.rows import ParameterRow
 
 Engine = Literal["auto", "fx", "export"]
 _ENGINES = ("auto", "fx", "export")
@@ -128,12 +130,18 @@ def _program(program: torch.export.ExportedProgram, engine: Engine, loss: Any, b
     exported = read(program)
     rows, assumptions = _read(exported, backward, lines)
     profile = rows.extend(Profile(modules=_modules(program, exported.frames), torch_version=str(torch.__version__)))
-    parameters = {id(tensor): tensor for _name, tensor in program.named_parameters()}.values()
+    parameters = {id(tensor): (name, tensor) for name, tensor in program.named_parameters()}.values()
     return msgspec.structs.replace(
         profile,
         assumptions=(*profile.assumptions, *assumptions),
-        n_params=sum(tensor.numel() for tensor in parameters),
-        n_params_trainable=sum(tensor.numel() for tensor in parameters if tensor.requires_grad),
+        n_params=sum(tensor.numel() for _name, tensor in parameters),
+        n_params_trainable=sum(tensor.numel() for _name, tensor in parameters if tensor.requires_grad),
+        parameters=tuple(
+            ParameterRow(
+                name=name, shape=tuple(tensor.shape), dtype=dtype_name(tensor.dtype), trainable=tensor.requires_grad
+            )
+            for name, tensor in parameters
+        ),
     )
 
 
@@ -240,8 +248,11 @@ def _on_meta(model: nn.Module, args: Any, kwargs: Any, wish: Wish) -> Iterator[t
 
 def _run_fx(model: nn.Module, args: Any, kwargs: Any, wish: Wish) -> tuple[graph_fx.Traced, Profile]:
     """The graph, and the profile of its run on meta."""
+    moved = not on_meta(model, args, kwargs)
     with _on_meta(model, args, kwargs, wish) as (given, also, counter, keep):
         traced = graph_fx.symbolic_trace(model, given, also, wish.loss, lines=wish.lines)
+        if traced.casts and moved:
+            raise NotImplementedError("autocast of this device does nothing to tensors that are moved to meta")
         with counter:
             leaves = to_differentiate(graph_fx.run(traced, given, also, counter), None)
             if wish.backward and leaves:

@@ -36,6 +36,7 @@ class Traced:
         self.graph = graph
         self.outputs = outputs
         self.functions = tuple(tracer.functions)  # autograd.Functions that the model calls
+        self.casts = any(on for node in graph.nodes for on, _dtype in node.meta[_STATE][1])  # under autocast?
         self.replays = tracer.replays  # does it call a checkpoint that the graph does not show?
 
 
