@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 import random
 import sys
@@ -18,7 +17,8 @@ from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves
 
 # Held by a module and filled by a run: caches, lists of outputs.
-_CONTAINERS = (dict, list, set, OrderedDict, defaultdict, deque)
+_CONTAINERS = frozenset({dict, list, set, OrderedDict, defaultdict, deque})
+_PLAIN = frozenset({type(None), bool, int, float, str})
 
 
 class Keep:
@@ -26,6 +26,7 @@ class Keep:
 
     def __init__(self) -> None:
         self._undo: list[Callable[[], object]] = []
+        self._empty: list[Any] = []
         self._saved: set[int] = set()  # storages, held by what puts them back
 
     def module(self, module: torch.nn.Module) -> None:
@@ -74,11 +75,17 @@ class Keep:
         self._undo.append(lambda: setattr(leaf, "grad", gradient))
 
     def _container(self, container: Any, above: set[int]) -> None:
-        before = copy.copy(container)
+        before = container.copy()
         above = above | {id(container)}
         for value in before.values() if isinstance(before, dict) else before:
-            if type(value) in _CONTAINERS and id(value) not in above:
-                self._container(value, above)
+            kind = type(value)
+            if kind in _PLAIN:
+                continue
+            if kind in _CONTAINERS:
+                if not value:  # as hooks mostly are, of which a large model has ten thousands
+                    self._empty.append(value)
+                elif id(value) not in above:
+                    self._container(value, above)
             elif isinstance(value, torch.Tensor) and not isinstance(value, torch.nn.Parameter):
                 self.values(value)
 
@@ -105,6 +112,9 @@ class Keep:
         """Put everything back, the latest first."""
         while self._undo:
             self._undo.pop()()
+        for container in self._empty:
+            container.clear()
+        self._empty.clear()
         self._saved.clear()
 
 

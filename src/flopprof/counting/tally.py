@@ -238,10 +238,12 @@ def _measure(frames: Iterable[Frame], model: torch.nn.Module | None) -> None:
         if frame.fqn == "" and model is not None:
             module = unwrap(model)
         if module is not None:
+            within = list(module.modules())
+            unique = {id(p): p for part in within for p in part._parameters.values() if p is not None}
+            own = {id(p): p for p in module._parameters.values() if p is not None}
             frame.parameters = (
-                sum(map(_numel, module.parameters())) + sum(map(_packed, module.modules())),
-                _packed(module)
-                + sum(map(_numel, {id(p): p for p in module._parameters.values() if p is not None}.values())),
+                sum(map(_numel, unique.values())) + sum(map(_packed, within)),
+                sum(map(_numel, own.values())) + _packed(module),
             )
 
 
