@@ -168,7 +168,7 @@ def _by_export(model: nn.Module, args: Any, kwargs: Any, wish: Wish) -> Profile:
         except Exception as error:
             raise _untraceable("torch.export", model, error) from error
         rows, assumptions = _read(exported, wish.backward, wish.lines)
-        profile = rows.extend(counter.profile)
+    profile = rows.extend(counter.profile)
     return msgspec.structs.replace(profile, assumptions=(*profile.assumptions, *assumptions))
 
 

@@ -71,7 +71,7 @@ def export(
 ) -> Exported:
     """The graph of `loss(model(*args, **kwargs))`, modules named by `counter`. Raises what torch.export raises."""
     whole = _Outputs(model, loss)
-    _register_tensors(model)
+    loose = _register_tensors(model)
     watch = _Watch(model, counter)
     program = _program(whole, args, kwargs, watch)
     if watch.strangers:  # called though nobody registers them: their parameters became constants
@@ -81,7 +81,8 @@ def export(
         watch = _Watch(model, counter)
         program = _program(whole, args, kwargs, watch)
     names = counter.where.names
-    sources = _sources(program, _registered(model, watch.strangers, names))
+    registered = _registered(model, watch.strangers, names)
+    sources = {name: source for name, source in _sources(program, registered).items() if source.name not in loose}
     return Exported(program, names.frames, watch.frame_of, sources, tuple(watch.functions), watch.replays)
 
 
@@ -140,12 +141,16 @@ def _program(whole: nn.Module, args: Any, kwargs: Any, watch: _Watch) -> Any:
         return torch.export.export(whole, tuple(args), dict(kwargs), strict=False)
 
 
-def _register_tensors(model: nn.Module) -> None:
-    for module in model.modules():
+def _register_tensors(model: nn.Module) -> set[str]:
+    """Make parameters of the tensors that want gradients and are none; returns their names."""
+    names = set()
+    for fqn, module in model.named_modules():
         for name, value in list(vars(module).items()):
             if isinstance(value, torch.Tensor) and value.requires_grad and value.is_leaf:
                 del vars(module)[name]
-                module._parameters[name] = value  # type: ignore[assignment]  # a leaf that wants a gradient is one
+                module._parameters[name] = nn.Parameter(value.detach())
+                names.add(f"{fqn}.{name}" if fqn else name)
+    return names
 
 
 class _Watch:
@@ -220,7 +225,8 @@ class _Watch:
     def _called(self, proxy: nn.Module, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         module = self._known.get(id(proxy.__dict__))
         if module is None:
-            if not self._inside:  # export's own, around the model
+            # Export's own around the model, and the bodies that it makes of control flow.
+            if not self._inside or isinstance(proxy, fx.GraphModule):
                 return call(proxy, *args, **kwargs)
             module = proxy
             self._known[id(module.__dict__)] = module
