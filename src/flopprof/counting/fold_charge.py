@@ -43,24 +43,32 @@ class _Rows:
     module: ModuleRow | None = None
 
 
-def charge(profile: Profile, folds: Iterable[Fold]) -> Profile:
+def charge(profile: Profile, folds: Iterable[Fold], proofs: Iterable[Proof] = ()) -> tuple[Profile, str]:
     """The profile with each folded module's rows: its template's, of all phases, under the folded module's names.
 
-    What the profile has under a folded module's own name is dropped: the sums that autograd makes of its gradients,
-    which its template's rows hold already. Rows are not in order: see `ordered`.
+    Also the first of `proofs` that did not do what its template did, empty where all did. What the profile has under a
+    folded module's own name is dropped: the sums that autograd makes of its gradients, which its template's rows hold
+    already. Rows are not in order: see `ordered`.
     """
     table = _by_module(profile)
+    folds = sorted(folds, key=lambda fold: fold.size)
+    templates = {fold.template for fold in folds}
+    within: dict[str, list[str]] = {}
     # A template's own parts first: whatever was folded inside it must be charged before it is copied.
-    for fold in sorted(folds, key=lambda fold: fold.size):
-        for fqn in _below(table, fold.template):
+    for fold in folds:
+        if fold.template not in within:
+            within[fold.template] = _below(table, fold.template)
+        for fqn in within[fold.template]:
             table[fold.fqn + fqn[len(fold.template) :]] = _renamed(table[fqn], fold.template, fold.fqn)
-    return _replace(
+    charged = _replace(
         profile,
         modules=tuple(rows.module for rows in table.values() if rows.module is not None),
         operators=tuple(row for rows in table.values() for row in rows.operators),
         elementwise=tuple(row for rows in table.values() for row in rows.elementwise),
         uncounted_rows=tuple(row for rows in table.values() for row in rows.uncounted),
     )
+    wrong = (proof.fqn for proof in proofs if proof.template in templates and not _same(table, proof))
+    return charged, next(wrong, "")
 
 
 def ordered(profile: Profile, model: torch.nn.Module | None) -> Profile:
@@ -89,16 +97,6 @@ def ordered(profile: Profile, model: torch.nn.Module | None) -> Profile:
         elementwise=tuple(sorted(profile.elementwise, key=key)),
         uncounted_rows=tuple(sorted(profile.uncounted_rows, key=key)),
     )
-
-
-def contradicted(profile: Profile, proofs: Iterable[Proof], folds: Iterable[Fold]) -> str:
-    """The first module that ran and did not do what its template did; empty where all did."""
-    table = _by_module(profile)
-    templates = {fold.template for fold in folds}
-    for proof in proofs:
-        if proof.template in templates and not _same(table, proof):
-            return proof.fqn
-    return ""
 
 
 def used_outside(profile: Profile, folds: Iterable[Fold]) -> str:
