@@ -74,7 +74,9 @@ def charge(profile: Profile, folds: Iterable[Fold], proofs: Iterable[Proof] = ()
 def ordered(profile: Profile, model: torch.nn.Module | None) -> Profile:
     """The profile with its modules as the model registers them, and rows by phase, then by module."""
     registered = (
-        {name: number for number, name in enumerate(dict.fromkeys(name for name, _ in walk(model)))} if model else {}
+        {name: number for number, name in enumerate(dict.fromkeys(name for name, _ in walk(model)))}
+        if model is not None
+        else {}
     )
     last = len(registered)
 
