@@ -247,6 +247,26 @@ def test_a_counter_that_crashes_says_so_in_one_line_and_the_model_is_as_it_was()
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
+class Questions(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.net(x) if x.nonzero().shape[0] > 3 else x
+
+
+def test_an_engine_that_cannot_trace_says_why_and_prints_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+    result = checked(Questions(), torch.ones(2, 4))
+    for engine in ("fx", "export"):
+        absent = reading(result, f"flopprof trace, {engine}").absent
+        assert f"torch.{engine} cannot trace Questions" in absent
+        assert len(absent) <= 400
+    assert result.agree
+    assert reading(result, "FlopCounterMode").forward_flops == 2 * 2 * 16
+    assert capfd.readouterr() == ("", "")
+
+
 def test_fvcore_is_optional(monkeypatch: pytest.MonkeyPatch) -> None:
     find = importlib.util.find_spec
     monkeypatch.setattr(

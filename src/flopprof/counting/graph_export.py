@@ -8,10 +8,12 @@ registered for as long as the tracing takes.
 
 from __future__ import annotations
 
+import io
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, redirect_stderr
 from typing import Any, NamedTuple
 
 import torch
@@ -138,7 +140,11 @@ def read(program: Any) -> Exported:
 def _program(whole: nn.Module, args: Any, kwargs: Any, watch: _Watch) -> Any:
     with warnings.catch_warnings(), torch.enable_grad(), watch.watching(), torch.fx.traceback.preserve_node_meta():
         warnings.simplefilter("ignore")  # export's advice is about programs that are kept
-        return torch.export.export(whole, tuple(args), dict(kwargs), strict=False)
+        # Where it fails, export prints the graph as far as it came: thousands of lines.
+        with redirect_stderr(io.StringIO()) as said:
+            program = torch.export.export(whole, tuple(args), dict(kwargs), strict=False)
+    sys.stderr.write(said.getvalue())
+    return program
 
 
 def _register_tensors(model: nn.Module) -> set[str]:

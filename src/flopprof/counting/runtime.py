@@ -36,7 +36,7 @@ class FlopCounter(TorchDispatchMode):
     """Context manager that counts the FLOPs of whatever runs inside it; `.profile` during and after.
 
     model gives modules their names (`layer1.0.conv2`, root ""); without it roots are named after their class.
-    lines also tells each count's line of source (`profile.by_line()`), for about twice the cost of counting.
+    lines also tells each count's line of source (`profile.by_line()`), for about a tenth more time.
     Counters nest, each counting everything inside it once; entering one again goes on with its tally, `reset()`
     empties it. A counter counts the thread that entered it. What runs is not changed: results are bitwise those
     without the counter.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 
@@ -20,6 +21,8 @@ from flopprof.profile import OperatorRow, Profile
 # fvcore multiplies for real: beyond these the answer is not worth the wait and the memory.
 _MOST_PARAMETERS = 1_000_000_000
 _MOST_FLOPS = 5_000_000_000_000
+
+_LONGEST = 400  # characters of an error
 
 Rows = Mapping[Place, Sequence[OperatorRow]]
 
@@ -156,5 +159,6 @@ def _compared(counter: str, theirs: Sheet, ours: Rows, total: int) -> Reading:
 
 
 def _said(error: Exception) -> str:
-    """An error in one line."""
-    return first_line(error) if isinstance(error, FlopprofError) else f"{type(error).__name__}: {first_line(error)}"
+    """An error in one line, of a length that one reads."""
+    text = first_line(error) if isinstance(error, FlopprofError) else f"{type(error).__name__}: {first_line(error)}"
+    return textwrap.shorten(text, _LONGEST, placeholder=" ...")
