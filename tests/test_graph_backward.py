@@ -128,6 +128,9 @@ FLOWS: dict[str, tuple[Callable[[], nn.Module], Callable[[], torch.Tensor], int,
     "in a dictionary": (two(lambda m, x: {"a": m.a(x), "list": [m.b(x), 1], "none": None}), x, L, L),
     "wanted from here on": (two(lambda m, x: m.b(m.a(x).requires_grad_()), a=frozen(linear())), x, 0, 2 * L),
     "read twice": (two(lambda m, x: m.b(y := m.a(x)) * y), x, L, 2 * L),
+    "through integers": (two(lambda m, x: m.b(m.a(x).view(torch.int32).view(torch.float32))), x, 0, L),
+    "a function without derivative": (two(lambda m, x: m.b(torch.special.spherical_bessel_j0(m.a(x)))), x, 0, L),
+    "copied into what is new": (two(lambda m, x: m.b(torch.empty_like(x).copy_(m.a(x)))), x, L, 2 * L),
     "only the bias": (two(lambda m, x: m.b(F.linear(x, m.a.weight.detach(), m.a.bias))), x, 0, 2 * L),
 }
 

@@ -24,6 +24,7 @@ class Found(NamedTuple):
 
     profile: Profile
     problem: str = ""
+    severed: bool = False  # gradients were wanted, and its results have none
 
 
 class Alone:
@@ -49,7 +50,7 @@ class Alone:
             found = _run(step.entry.func, leaves, spec, (wants, sources, results))
             if key is not None:
                 self._found[key] = found
-        return Found(_renamed(found.profile, sources), found.problem)
+        return found._replace(profile=_renamed(found.profile, sources))
 
 
 def _facts(leaf: Any) -> Any:
@@ -76,11 +77,12 @@ def _run(func: Any, leaves: list[Any], spec: Any, told: tuple[Any, Any, tuple[in
             args, kwargs = torch.utils._pytree.tree_map_only(torch.Tensor, torch.clone, (args, kwargs))
         try:
             with counter:
-                out = func(*args, **kwargs)
-                _differentiate([tensors_of(out)[i] for i in results], holder)
+                out = tensors_of(func(*args, **kwargs))
+                severed = any(wants) and not any(tensor.requires_grad for tensor in out)
+                _differentiate([out[i] for i in results], holder)
         except Exception as error:  # whatever an operator raises on tensors without values
             return Found(counter.profile, f"it cannot be run by itself: {type(error).__name__}")
-    return Found(counter.profile)
+    return Found(counter.profile, severed=severed)
 
 
 def _differentiate(results: list[torch.Tensor], holder: nn.Module) -> None:

@@ -27,7 +27,7 @@ CUTS = _names(
     """detach detach_copy data empty_like zeros_like ones_like full_like rand_like randn_like randint_like new_empty
     new_empty_strided new_full new_ones new_zeros empty empty_strided empty_permuted zeros ones full arange range
     linspace logspace eye rand randn randint randperm normal_functional scalar_tensor tril_indices triu_indices
-    _efficientzerotensor"""
+    _efficientzerotensor histc"""
 )
 # Only the first operand is differentiated: of the others, shape or type is read.
 FIRST_ONLY = _names("expand_as view_as reshape_as type_as to resize_as _reshape_alias")
@@ -118,11 +118,20 @@ class Step:
         )
 
 
+class Severed(Exception):
+    """An operator that the flow went through passes no gradient on: the flow is to be followed again without it."""
+
+    def __init__(self, func: Any) -> None:
+        super().__init__(str(func))
+        self.func = func
+
+
 class Flow:
     """Values and calls in the order in which they run."""
 
-    def __init__(self) -> None:
+    def __init__(self, severed: frozenset[Any] = frozenset()) -> None:
         self.steps: list[Step] = []
+        self._severed = severed  # operators that were found to pass no gradient on
 
     def leaf(self, *, wants: bool, source: Source | None = None) -> Value:
         """A tensor that no call made: an input, a parameter, a constant."""
@@ -136,7 +145,7 @@ class Flow:
         step.origins = [value.origin() if want else None for value, want in zip(values, step.wants, strict=True)]
         self.steps.append(step)
         passed = step.wants[:1] if entry.name in FIRST_ONLY else step.wants
-        differentiated = any(passed) and entry.name not in CUTS
+        differentiated = any(passed) and entry.name not in CUTS and entry.func not in self._severed
         if differentiated:
             step.edges = step.origins[:1] if entry.name in FIRST_ONLY else step.origins
         known = _aliases(entry.func)

@@ -19,7 +19,7 @@ from flopprof.counting.closed import closed
 from flopprof.counting.count import _own as own_inputs
 from flopprof.counting.count import _to_differentiate as to_differentiate
 from flopprof.counting.count import count
-from flopprof.counting.gradients import Flow, Value, reach, tensors_of
+from flopprof.counting.gradients import Flow, Severed, Value, reach, tensors_of
 from flopprof.counting.graph_export import Exported, export, read
 from flopprof.counting.graph_rows import Rows, step_cost
 from flopprof.counting.graph_walk import Walk
@@ -174,7 +174,18 @@ def _by_export(model: nn.Module, args: Any, kwargs: Any, wish: Wish) -> Profile:
 
 def _read(exported: Exported, backward: bool, lines: bool) -> tuple[Rows, list[str]]:
     """Rows of every call in the graph, and what had to be guessed."""
-    program, flow = exported.program, Flow()
+    severed: frozenset[Any] = frozenset()
+    while True:
+        try:
+            return _read_once(exported, backward, lines, Flow(severed))
+        except Severed as error:
+            if error.func in severed:
+                raise
+            severed |= {error.func}
+
+
+def _read_once(exported: Exported, backward: bool, lines: bool, flow: Flow) -> tuple[Rows, list[str]]:
+    program = exported.program
     values: dict[str, list[Value]] = {}
     for node in program.graph.nodes:
         if node.op == "placeholder":

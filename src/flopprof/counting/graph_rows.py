@@ -9,7 +9,7 @@ import msgspec
 import torch
 
 from flopprof.counting.alone import Alone
-from flopprof.counting.gradients import CUTS, FIRST_ONLY, Flow, Step, Value, tensors_of
+from flopprof.counting.gradients import CUTS, FIRST_ONLY, Flow, Severed, Step, Value, tensors_of
 from flopprof.counting.graph_backward import RECURRENT, Factor, Product, backward, known, recurrent_forward
 from flopprof.counting.operands import Source
 from flopprof.counting.operators import Kind, is_composite
@@ -172,6 +172,8 @@ class Rows:
     ) -> bool:
         """Rows of the call run by itself: `heavy` ones of counted operators, `light` elementwise ones; could it be?"""
         found = self._alone.run(step)
+        if found.severed:
+            raise Severed(step.entry.func)
         fqn, times = step.frame.fqn, step.times
         if found.problem:
             if heavy and step.live and any(step.wants) and step.entry.kind is Kind.COUNTED:
