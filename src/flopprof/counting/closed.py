@@ -108,7 +108,7 @@ def _fitted(samples: Samples, units: list[int]) -> Forms:
             base = tuple(sizes[0] for sizes in grid)
             trials = tuple(_beyond(size, unit, samples) for size, unit in zip(largest, units, strict=True))
             claim = Claim(_claimed(samples, sample, forms), base, trials, tuple(4 * size for size in largest))
-            return proved(samples, claim, units)
+            return _covering(proved(samples, claim, units), samples)
         except NotProved as error:
             reason = reason or error
     assert reason is not None
@@ -140,7 +140,16 @@ def _floors(samples: Samples, count_symbolic: CountAt) -> Forms:
     sample, forms = recognised(samples, possible, points)
     trials = tuple(_around(size, unit, samples) for size, unit in zip(example, units, strict=True))
     claimed = _claimed(samples, sample, forms, conditions)
-    return proved(samples, Claim(claimed, hints, trials, example), units)
+    return _covering(proved(samples, Claim(claimed, hints, trials, example), units), samples)
+
+
+def _covering(forms: Forms, samples: Samples) -> Forms:
+    """Forms that hold at the sizes of the arguments too, but for a size of 1. Raises NotProved for others."""
+    sizes = {s.name: max(s.example, 2) for s in samples.inputs.symbols}
+    outside = [str(condition) for condition in forms.conditions if not condition.holds(sizes)]
+    if outside:
+        raise NotProved(f"a form that fits some sizes holds only where {', '.join(outside)}")
+    return forms
 
 
 def _hints(samples: Samples, units: list[int]) -> Sizes:

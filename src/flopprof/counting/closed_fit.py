@@ -24,13 +24,14 @@ _STEPS = (
 
 
 def grids(samples: Samples, units: Sequence[int]) -> Iterator[list[tuple[int, ...]]]:
-    """Sizes to fit on, for each symbol: small ones twice, then those around the example's."""
+    """Sizes to fit on, for each symbol: small ones twice, those around the example's, and the smallest."""
     for shift in (0, 2):
         yield [tuple(unit * step for step in _STEPS[(i + shift) % len(_STEPS)]) for i, unit in enumerate(units)]
     yield [
         tuple((size // unit + step - 4) * unit for step in _STEPS[i % len(_STEPS)])
         for i, (unit, size) in enumerate(zip(units, samples.inputs.example, strict=True))
     ]
+    yield [tuple(unit * (step + i) for step in (3, 4, 5, 7, 9)) for i, unit in enumerate(units)]
 
 
 def interpolated(samples: Samples, grid: list[tuple[int, ...]]) -> tuple[Sample, tuple[Form, ...], Sizes]:

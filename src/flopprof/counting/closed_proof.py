@@ -17,6 +17,8 @@ from flopprof.symbolic import Forms
 # Beyond the proofs, one look at each size alone: a threshold up there bounds the forms. Only on meta.
 _FAR = 150_001
 _JOINT = 6  # proofs in which all sizes vary together
+# A model that loops over a size runs as many operators as that is large: then it is proved on fewer and smaller ones.
+_MOST_CALLS = 4_000
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ def proved(samples: Samples, claim: Claim, units: Sequence[int]) -> Forms:
     proof = _Proof(samples, claim)
     symbols = samples.inputs.symbols
     bounds = [proof.range(i, unit) for i, unit in enumerate(units)]
-    proof.jointly(bounds)
+    proof.jointly(bounds, units)
     conditions = []
     for symbol, unit, (low, high) in zip(symbols, units, bounds, strict=True):
         size = Form.of(symbol.name)
@@ -63,6 +65,17 @@ class _Proof:
         self._samples, self._claim = samples, claim
         self._names = claim.forms.symbols
         self._agreed: list[dict[str, int]] = []
+        self._calls = claim.forms.total(
+            row.calls for rows in (claim.forms.operators, claim.forms.elementwise) for row in rows
+        )
+        self.trials = tuple(
+            [size for n, size in enumerate(trials) if n < 3 or self._cheap(self._with(i, size))]
+            for i, trials in enumerate(claim.trials)
+        )
+
+    def _cheap(self, sizes: Sizes) -> bool:
+        at, base = (dict(zip(self._names, each, strict=True)) for each in (sizes, self._claim.base))
+        return self._calls.at(at) <= max(_MOST_CALLS, self._calls.at(base))
 
     def range(self, i: int, unit: int) -> tuple[int, int | None]:
         """Least and largest size of a symbol at which the forms hold, the others as in the base; None: no largest."""
@@ -75,22 +88,26 @@ class _Proof:
         return low, self._highest(i, unit)
 
     def _highest(self, i: int, unit: int) -> int | None:
-        trials, base = self._claim.trials[i], self._claim.base[i]
-        far = max(_FAR // unit * unit, trials[-1]) if self._samples.inputs.on_meta else trials[-1]
+        trials, base = self.trials[i], self._claim.base[i]
+        far = max(_FAR // unit * unit, trials[-1])
+        if not self._samples.inputs.on_meta or not self._cheap(self._with(i, far)):
+            far = trials[-1]
         if self.agrees(self._with(i, far)):
             return None
-        runs = [base, *(size for size in trials if size > base)]
-        if self._samples.accepts(self._with(i, runs[-1])):
-            if self._guessed(self._with(i, far)) or not self.covers(self._with(i, far)):
-                return None
-            if not self.agrees(self._with(i, runs[-1])):
-                raise NotProved(self._refuted(self._with(i, runs[-1])))
-            return _last(runs[-1], far, unit, lambda size: self.agrees(self._with(i, size)))
-        high = _last(base, runs[-1], unit, lambda size: self._samples.accepts(self._with(i, size)))
+        top = max(base, trials[-1])
+        if self._samples.accepts(self._with(i, top)) and (
+            not self.covers(self._with(i, far)) or self._guessed(self._with(i, far))
+        ):
+            return None
+        good, bad = (top, far) if far > top and self.agrees(self._with(i, top)) else (base, top)
+        high = _last(good, bad, unit, lambda size: self.agrees(self._with(i, size)))
         if high < self._claim.least[i]:
+            beyond = self._with(i, high + unit)
+            refused = not self._samples.accepts(beyond)
             raise NotProved(
-                f"the model runs up to {self._names[i]}={high} only, too near to prove it: "
-                f"{self._samples.why(self._with(i, high + unit))}"
+                f"the model runs up to {self._names[i]}={high} only, too near to prove it: {self._samples.why(beyond)}"
+                if refused
+                else self._refuted(beyond)
             )
         return high
 
@@ -102,11 +119,11 @@ class _Proof:
     def _refuted(self, sizes: Sizes) -> str:
         return f"what fits the counts at some sizes is not the count at {self._samples.inputs.spell(sizes)}"
 
-    def jointly(self, bounds: list[tuple[int, int | None]]) -> None:
+    def jointly(self, bounds: Sequence[tuple[int, int | None]], units: Sequence[int]) -> None:
         """Prove the forms where all sizes vary together. Raises NotProved."""
         choices = [
-            [size for size in trials if high is None or size <= high] + ([] if high is None else [high])
-            for trials, (_, high) in zip(self._claim.trials, bounds, strict=True)
+            [size for size in trials if high is None or size <= high] + ([] if high is None else [high - unit, high])
+            for trials, unit, (_, high) in zip(self.trials, units, bounds, strict=True)
         ]
         points = [
             # Large with small: what a model makes of all sizes together must not grow without bound.

@@ -23,7 +23,7 @@ from flopprof.forms import Condition, Form
 from flopprof.symbolic import replaced
 
 # Of an expression, its operators and operands: one size of a strided network has about ten.
-_MOST_PARTS = 60
+_MOST_PARTS = 40
 
 _RELATIONS = {sympy.Eq: "==", sympy.Ne: "!=", sympy.Le: "<=", sympy.Ge: ">=", sympy.Lt: "<", sympy.Gt: ">"}
 
