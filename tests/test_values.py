@@ -406,6 +406,31 @@ def test_a_count_that_fails_leaves_nothing_behind() -> None:
     assert model.seen == []
 
 
+def test_inputs_on_the_cpu_run_where_the_model_is() -> None:
+    """On the CPU this encoder packs what is padded; on meta it cannot, and says so."""
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 2).eval().to("meta")
+    x, padding = torch.zeros(2, 3, 16), torch.tensor([[False, False, True], [False, True, True]])
+    each = 2 * 2 * 3 * 16 * (3 * 16 + 16 + 2 * 32) + 2 * 2 * 2 * 3 * 3 * 16
+    assert count(encoder, x).forward_flops == count(encoder, x.to("meta")).forward_flops == 2 * each
+    with torch.no_grad(), pytest.raises(ValuesUnknown):
+        count(encoder, x, src_key_padding_mask=padding)
+
+
+def test_a_guess_stays_with_what_it_was_written_to() -> None:
+    mask = meta(3, dtype=torch.bool)
+    with noting(mask=mask) as notes:
+        target = torch.zeros(2, 3, dtype=torch.long, device="meta")
+        target[0].copy_(mask)
+        chosen = torch.where(target[0] > 0)[0]
+        assert len(notes) == 1
+        assert chosen.tolist() == [0, 1, 2]
+    with noting(mask=mask) as notes:
+        flags = torch.zeros(3, dtype=torch.bool, device="meta").logical_or_(mask)
+        assert notes == []
+        assert flags.all()
+        assert len(notes) == 1
+
+
 # --- the context ----------------------------------------------------------------------------------------------------
 def test_values_die_with_their_tensors_and_with_the_context() -> None:
     with noting():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -20,6 +20,8 @@ from flopprof.counting.runtime import FlopCounter
 from flopprof.counting.values import carried, moved, needs_values, on_meta
 from flopprof.formulas.attention import LENGTHS_ON_META
 from flopprof.profile import Attention, Profile
+
+_MOST_FOLDED_RUNS = 3  # each leaves more blocks alone
 
 
 def count(
@@ -56,22 +58,24 @@ def count(
     module = model if isinstance(model, torch.nn.Module) else None
     backward = backward or loss is not None or optimizer is not None
     meta = on_meta(model, args, kwargs)
+    mixed = on_meta(None, args, kwargs)  # then a CPU tensor is the caller's choice: packed lengths must be one
 
-    def run(*, values: bool, fold: bool) -> Profile:
+    def run(*, values: bool, barred: frozenset[str] | None = None) -> Profile:
         counter = FlopCounter(module, attention=attention, lines=lines)
         within = modules_within(model, args, kwargs, loss)
         with preserved(within, (args, kwargs), optimizer) as keep, ExitStack() as stack:
             if values:
                 stack.enter_context(carried(counter.assume, named(model, args, kwargs)))
-            # Without values a CPU tensor beside meta ones is the caller's choice (packed lengths must be one).
-            given, also = (moved(args), moved(kwargs)) if values else (args, kwargs)
+            given, also = (moved(args), moved(kwargs)) if values or (meta and not mixed) else (args, kwargs)
             if backward:
                 given, also = _own(given), _own(also)
                 stack.enter_context(torch.enable_grad())
             if optimizer is not None:
                 optimizer.zero_grad()
             stack.enter_context(counter)
-            folds = stack.enter_context(folded(module, counter)) if fold and module is not None else None
+            folds = None
+            if module is not None and barred is not None:
+                folds = stack.enter_context(folded(module, counter, barred))
             leaves = _to_differentiate(model(*given, **also), loss)
             if folds is not None:
                 folds.read(leaves)
@@ -89,9 +93,15 @@ def count(
 
     def attempt(*, values: bool) -> Profile:
         if fold is not False and meta and foldable(model, (args, kwargs)):
-            with suppress(Doubt):
-                return run(values=values, fold=True)
-        return run(values=values, fold=False)
+            barred: frozenset[str] = frozenset()
+            for _ in range(_MOST_FOLDED_RUNS):
+                try:
+                    return run(values=values, barred=barred)
+                except Doubt as doubt:
+                    if not doubt.suspects:
+                        break
+                    barred |= doubt.suspects
+        return run(values=values)
 
     # Most models ask for no values on meta, and are counted faster where none are carried. One that asks fails, goes
     # on by another branch, or leaves lengths unread that a formula needs.

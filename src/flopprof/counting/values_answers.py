@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 _aten = torch.ops.aten
 _SELECTIONS = frozenset({_aten.index.Tensor, _aten.masked_select.default})
+# Asked by torch's own encoder before it packs what is padded, which it does not on meta: another branch.
+_OF_DEVICES = frozenset({"aten::_nested_tensor_from_mask_left_aligned"})
 _MASKS = (torch.bool, torch.uint8)
 _MOST_REPEATS = 1 << 25
 
@@ -56,6 +58,8 @@ def answer(values: Values, call: Call) -> Any:
     """The result of an operator whose result is a number, or has a shape that depends on values."""
     if call.func in _SELECTIONS:
         return _select(values, call)
+    if call.plan.base in _OF_DEVICES:
+        raise unknown(values, call.plan)
     if call.lowered is not None and not call.plan.writes and not _is_huge(call):
         values.say(call.said)
         return forge(values, call)
@@ -73,6 +77,8 @@ def forge(values: Values, call: Call) -> Any:
     def put(leaf: Any) -> Any:
         if not isinstance(leaf, torch.Tensor):
             return leaf
+        if leaf.is_nested or leaf.layout is not torch.strided:
+            raise unknown(values, call.plan)
         empty = _aten.empty_strided.default(leaf.size(), leaf.stride(), dtype=leaf.dtype, device="meta")
         if fits(empty, floats=values.floats()):
             values.store.bind(empty, leaf, call.said, call.labels)

@@ -24,7 +24,7 @@ def needs_values(error: BaseException) -> bool:
     return False
 
 
-def on_meta(model: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+def on_meta(model: Callable[..., Any] | None, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
     """Does a call compute on the meta device: are the model's parameters there, or, where it has none, an input?"""
     held = list(model.parameters()) if isinstance(model, torch.nn.Module) else []
     if held:
