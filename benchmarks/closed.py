@@ -52,6 +52,21 @@ def median_ms(work: Callable[[int], object], rounds: int) -> float:
     return statistics.median(times)
 
 
+def measure(model: torch.nn.Module, ids: torch.Tensor, backward: bool, rounds: int) -> None:
+    """Print what one profile with closed forms costs."""
+    start = time.perf_counter()
+    profile = trace(model, ids, dynamic={"batch": (0, 0), "seq": (0, 1)}, backward=backward)
+    made = time.perf_counter() - start
+    at = median_ms(lambda n: totals(profile.at(batch=8, seq=4096 + n)), rounds)
+    rows = median_ms(lambda n: profile.at(batch=8, seq=4096 + n).by_module(), min(rounds, 20))
+    whole = median_ms(lambda n: count(model, ids, backward=backward), 3)
+    print(f"{'forward + backward' if backward else 'forward'}: {profile.formula()}")
+    print(f"  trace(dynamic=...)      {made:10.2f} s")
+    print(f"  at(), all totals        {at:10.3f} ms")
+    print(f"  at(), rows by module    {rows:10.3f} ms")
+    print(f"  count()                 {whole:10.3f} ms")
+
+
 def main() -> None:
     """Print one line a measurement."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -61,17 +76,7 @@ def main() -> None:
         model = AutoModelForCausalLM.from_config(CONFIG).eval()
         ids = torch.zeros(1, 64, dtype=torch.long)
     for backward in (False, True):
-        start = time.perf_counter()
-        profile = trace(model, ids, dynamic={"batch": (0, 0), "seq": (0, 1)}, backward=backward)
-        made = time.perf_counter() - start
-        print(f"{'forward + backward' if backward else 'forward'}: {profile.formula()}")
-        print(f"  trace(dynamic=...)      {made:10.2f} s")
-        at = median_ms(lambda n: totals(profile.at(batch=8, seq=4096 + n)), options.rounds)
-        rows = median_ms(lambda n: profile.at(batch=8, seq=4096 + n).by_module(), min(options.rounds, 20))
-        whole = median_ms(lambda n: count(model, ids, backward=backward), 3)
-        print(f"  at(), all totals        {at:10.3f} ms")
-        print(f"  at(), rows by module    {rows:10.3f} ms")
-        print(f"  count()                 {whole:10.3f} ms")
+        measure(model, ids, backward, options.rounds)
 
 
 if __name__ == "__main__":
