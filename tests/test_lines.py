@@ -197,6 +197,34 @@ def test_second_derivatives_keep_the_line_of_the_forward() -> None:
     assert table[line("twice"), "forward"] == 2 * 2 * 9
 
 
+def test_a_decomposition_multiplies_only_in_backward_and_has_its_line() -> None:
+    a = (torch.eye(3) + torch.ones(3, 3)).requires_grad_()
+    table = by_line(lambda: torch.linalg.inv(a).sum().backward())  # inverse
+    assert table == {(line("inverse"), "backward"): 2 * 54}
+
+
+def test_transforms_of_torch_func_keep_the_line() -> None:
+    def product(a: torch.Tensor) -> torch.Tensor:
+        return (a @ a).sum()  # transformed
+
+    a = torch.randn(3, 3)
+    assert by_line(lambda: torch.func.grad(product)(a)) == {
+        (line("transformed"), "forward"): 54,
+        (line("transformed"), "backward"): 108,
+    }
+    assert {place for place, _phase in by_line(lambda: torch.func.jacrev(product)(a))} == {line("transformed")}
+
+
+def test_folded_blocks_have_the_lines_of_their_own() -> None:
+    model, inputs = ZOO["llama"]()
+    model, inputs = model.to("meta"), tuple(tensor.to("meta") for tensor in inputs)
+    folded = flopprof.count(model, *inputs, backward=True, lines=True)
+    every = flopprof.count(model, *inputs, backward=True, lines=True, fold=False)
+    for phase in ("forward", "backward"):
+        assert folded.by_line(phase) == every.by_line(phase)
+        assert places(folded, phase) == places(every, phase)
+
+
 def test_retained_graphs_and_two_losses() -> None:
     x, w = torch.randn(2, 3), torch.randn(3, 3, requires_grad=True)
 

@@ -49,11 +49,12 @@ def line_now(where: Whereabouts, phase: Phase) -> str:
 def remember_line(where: Whereabouts, line: str, *, own_node: bool) -> None:
     """Note for the backward of the operator that just ran that it was called on this line.
 
-    own_node: it made a node of its own. Inside an autograd.Function none does, and the Function's was made before.
+    own_node: it made a node of its own. It may have made one also where none of its factors seems to want a gradient
+    (under torch.func's transforms), and inside an autograd.Function the Function's was made before.
     """
     if own_node:
         where.remember_line(line)
-    elif not torch.is_grad_enabled() and _within_function():
+    elif torch.is_grad_enabled() or _within_function():
         where.remember_line(line, first=True)
 
 

@@ -20,13 +20,15 @@ def run(counter: FlopCounter, entry: Entry, args: Any, kwargs: Any) -> Any:
     """The operator's own result; what it runs inside is counted, and named where nothing could be."""
     if entry.kind is Kind.UNCOUNTED:
         counter.uncounted(entry.name, args, entry.reason)
-        return entry.call(*args, **kwargs)
-    if entry.kind is Kind.HIGHER_ORDER:
-        return _higher_order(counter, entry, args, kwargs)
-    before = counter.counted_calls
-    out = see_through(counter, entry.func, args, kwargs)
-    if counter.counted_calls == before and not _explained(entry):
-        counter.uncounted(entry.name, args, "no formula, and no counted operator inside")
+        out = entry.call(*args, **kwargs)
+    elif entry.kind is Kind.HIGHER_ORDER:
+        out = _higher_order(counter, entry, args, kwargs)
+    else:
+        before = counter.counted_calls
+        out = see_through(counter, entry.func, args, kwargs)
+        if counter.counted_calls == before and not _explained(entry):
+            counter.uncounted(entry.name, args, "no formula, and no counted operator inside")
+    counter.where.note_line()  # of a decomposition, the backward multiplies
     return out
 
 

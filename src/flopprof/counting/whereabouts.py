@@ -141,6 +141,12 @@ class Whereabouts:
         timeline = self._timeline if self._pass is None else self._here()
         timeline.remember_line(_sequence() - 1, line, first=first)
 
+    def note_line(self) -> None:
+        """An operator ran: where lines are told apart, its node has this one, if it made a node and has none yet."""
+        line = self.line_here() if self._read_line is not None and _grad_enabled() else ""
+        if line:
+            self.remember_line(line, first=True)
+
     def line_here(self) -> str:
         """The line that runs now, where lines are told apart."""
         return "" if self._read_line is None else self._read_line()
