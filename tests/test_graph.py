@@ -312,6 +312,22 @@ def test_the_error_names_the_line_that_stopped_it(engine: Any) -> None:
     assert "flopprof.count" in str(caught.value)
 
 
+class Routes(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = linear()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        chosen = (x[:, 0] > 0).nonzero().squeeze(-1)  # chosen
+        return self.layer(x[chosen])
+
+
+def test_shapes_that_depend_on_values_are_named() -> None:
+    line = next(i for i, text in enumerate(Path(__file__).read_text().splitlines(), 1) if text.endswith("# chosen"))
+    with pytest.raises(Untraceable, match=rf"test_graph\.py:{line} \(chosen = .* depends on values"):
+        trace(Routes(), torch.randn(3, 3), engine="export")
+
+
 class Shifts(nn.Module):
     """Multiplies at trace time only: its graph would say less than it runs."""
 

@@ -19,6 +19,7 @@ from flopprof.counting.closed import closed
 from flopprof.counting.count import _own as own_inputs
 from flopprof.counting.count import _to_differentiate as to_differentiate
 from flopprof.counting.count import count
+from flopprof.counting.fold_charge import ordered
 from flopprof.counting.gradients import Flow, Severed, Value, reach, tensors_of
 from flopprof.counting.graph_export import Exported, export, read
 from flopprof.counting.graph_rows import Rows, step_cost
@@ -87,7 +88,8 @@ def trace(
         profile = _closed(model, args, kwargs, dynamic, engine, Wish(loss, backward, lines))
     else:
         profile = _traced(model, args, kwargs, engine, Wish(loss, backward, lines))
-    return msgspec.structs.replace(profile, device="meta").with_attention(attention)
+    profile = msgspec.structs.replace(profile, device="meta").with_attention(attention)
+    return ordered(profile, model) if isinstance(model, nn.Module) else profile
 
 
 class Wish(NamedTuple):

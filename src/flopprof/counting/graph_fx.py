@@ -120,7 +120,9 @@ class _Tracer(fx.Tracer):
         return node
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, fx.GraphModule) is False and super().is_leaf_module(m, module_qualified_name)
+        if isinstance(m, fx.GraphModule):
+            return False
+        return isinstance(m, torch.jit.ScriptModule) or super().is_leaf_module(m, module_qualified_name)
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         if self.is_leaf_module(m, ""):

@@ -12,7 +12,8 @@ from torch import fx
 from flopprof.counting.attribution import Frame
 from flopprof.counting.gradients import Flow, Step, Value, tensors_of
 from flopprof.counting.graph_backward import entry_of
-from flopprof.counting.lines import line_in_trace
+from flopprof.counting.lines import line_in_trace, source_text
+from flopprof.errors import Untraceable
 
 _HIGHER = torch._ops.HigherOrderOperator
 
@@ -101,6 +102,16 @@ class Walk:
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), _held)
         line = self._line(node, frame)
         return Step(entry_of(target), args, kwargs, node.meta.get("val"), frame, times=times, line=line)
+
+    def _sized(self, node: fx.Node) -> None:
+        for tensor in tensors_of(_held(node)):
+            if any(not isinstance(size, int) for size in tensor.shape):
+                line = line_in_trace(node.meta.get("stack_trace"))
+                where = f" at {line} ({source_text(line)})" if line else ""
+                raise Untraceable(
+                    f"the shape {tuple(tensor.shape)} of {node.name}{where} depends on values, which a graph of "
+                    "torch.export does not have. Use flopprof.count, which runs the model."
+                )
 
     def _line(self, node: fx.Node, frame: Frame) -> str:
         if not self._lines:
