@@ -86,10 +86,7 @@ class Walk:
             (value,) = env[_nodes(node.args)[0]]
             self.flow.want(value)
             return [value]
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), _held)
-        step = Step(
-            entry_of(target), args, kwargs, node.meta.get("val"), frame, times=times, line=self._line(node, frame)
-        )
+        step = self._made(target, node, frame, times)
         operands = []
         positions = _keyword_positions(target, node)
         for position, item in [*enumerate(node.args), *((positions[key], value) for key, value in node.kwargs.items())]:
@@ -99,6 +96,7 @@ class Walk:
         return self.flow.record(step, operands, graded=graded)
 
     def _made(self, target: Any, node: fx.Node, frame: Frame, times: int) -> Step:
+        self._sized(node)
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), _held)
         line = self._line(node, frame)
         return Step(entry_of(target), args, kwargs, node.meta.get("val"), frame, times=times, line=line)
@@ -140,10 +138,7 @@ class Walk:
             return self._scan(name, bodies[0], node, env, frame, graded, times)
         if len(bodies) == 1 and len(operands) == len(_placeholders(bodies[0])):
             return self._body(bodies[0], operands, frame, graded, times)
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), _held)
-        step = Step(
-            entry_of(node.target), args, kwargs, node.meta.get("val"), frame, times=times, line=self._line(node, frame)
-        )
+        step = self._made(node.target, node, frame, times)
         tensors = [
             (position, tensor, value)
             for position, item in enumerate(node.args)
