@@ -171,6 +171,17 @@ def test_a_sharded_parameter_keeps_its_name(ranks: Callable[[str], list[Profile]
         assert profile.by_parameter("forward") == {"a.weight": EACH // RANKS, "b.weight": EACH // RANKS}
 
 
+def test_a_gathered_parameter_keeps_its_name_and_the_ledger_closes(ranks: Callable[[str], list[Profile]]) -> None:
+    for profile in ranks("fully_sharded"):
+        assert profile.by_parameter("forward") == {"a.weight": 2 * EACH, "b.weight": 2 * EACH}
+        assert profile.by_parameter("backward") == {"b.weight": 4 * EACH, "a.weight": 2 * EACH}
+        ledger = profile.reconcile(tokens=2 * BATCH)
+        assert ledger.backward is not None
+        assert (ledger.residual, ledger.backward.residual) == (0, 0)
+        assert {use.reuse for use in ledger.parameters if use.forward_flops} == {1}
+        assert all(joint.computed == joint.wanted for joint in ledger.joints)
+
+
 def test_data_parallel_in_one_process() -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
     dist.init_process_group("gloo", rank=0, world_size=1)

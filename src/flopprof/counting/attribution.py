@@ -46,6 +46,13 @@ class Frame:
         self.output_shape: tuple[int, ...] | None = None
         self.parameters: tuple[int, int] | None = None  # (with children, own), once measured
 
+    def own(self) -> list[tuple[str, torch.nn.Parameter]]:
+        """The parameters that the module has itself now, by their whole names."""
+        module = self.module() if self.module is not None else None
+        prefix = f"{self.fqn}." if self.fqn else ""
+        held = module._parameters.items() if module is not None else ()
+        return [(prefix + name, parameter) for name, parameter in held if parameter is not None]
+
     def at(self, line: str) -> Frame:
         """The same place while this line of source runs."""
         frame = self.children.get(line)

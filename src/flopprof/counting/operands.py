@@ -76,9 +76,10 @@ class Sources:
                 if isinstance(item, torch.Tensor):
                     self._add(item, source)
 
-    def describe(self, args: Any, kwargs: Any) -> tuple[Any, ...]:
+    def describe(self, args: Any, kwargs: Any, own: Iterable[tuple[str, Any]] = ()) -> tuple[Any, ...]:
         """Of each tensor five things, in one row: its argument's position, shape, dtype, gradient wanted, source.
 
+        own: parameters of the running module by name: sharded ones are gathered into new storages every step.
         Raises RuntimeError where a tensor has no shape (strided nested ones).
         """
         graded = torch.is_grad_enabled()
@@ -95,6 +96,8 @@ class Sources:
                     source = self.known.get(tensor.untyped_storage()._cdata)
                 except (RuntimeError, NotImplementedError):  # sparse and functorch tensors have no storage
                     source = None
+                if source is None:
+                    source = next((Source("parameter", name) for name, held in own if _share(held, tensor)), None)
                 operands += (position, tensor.shape, tensor.dtype, graded and tensor.requires_grad, source)
         return tuple(operands)
 
@@ -122,6 +125,14 @@ class Sources:
         for key in [key for key, ref in self._alive.items() if ref.expired()]:
             del self._alive[key], self.known[key]
         self._sweep_at = max(_SWEEP_AT, 2 * len(self._alive))
+
+
+def _share(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Are they the same memory?"""
+    try:
+        return bool(one.untyped_storage()._cdata == other.untyped_storage()._cdata)
+    except (RuntimeError, NotImplementedError):
+        return False
 
 
 def merged(sources: list[Source]) -> Source:

@@ -205,40 +205,34 @@ class FlopCounter(TorchDispatchMode):
             self.unseen.saw(out)
         return out
 
-    def identify(self, entry: Entry, args: Any, kwargs: Any) -> tuple[str, bool, tuple[Any, ...]]:
-        """The parameter multiplied; whether a factor wants a gradient; and what tells this call from others.
+    def identify(self, entry: Entry, args: Any, kwargs: Any) -> tuple[bool, tuple[Any, ...]]:
+        """Whether a factor wants a gradient; and what tells this call from others.
 
         That is as little as will do, because it is read at every call: the whole description is made once a row.
         """
         graded = _grad_enabled()
-        parameter, wanted, wants = "", False, False
+        wanted = wants = False
         if not kwargs:
             known = self._sources.known
             identity: list[Any] = []
             try:  # the usual call: dense tensors by position
                 for position in entry.positions:
                     item = args[position]
-                    source = known.get(item.untyped_storage()._cdata)
                     if graded:
                         wants = item.requires_grad
                         if wants:
                             wanted = True
-                    if source is not None and not parameter and source.kind == "parameter":
-                        parameter = source.name
-                    identity += (item.shape, source, wants)
+                    identity += (item.shape, known.get(item.untyped_storage()._cdata), wants)
                 identity.append(item.dtype)
                 for position in entry.optional:
                     identity.append(len(args) > position and args[position] is not None)
-                return parameter, wanted, tuple(identity)
+                return wanted, tuple(identity)
             except (AttributeError, IndexError, RuntimeError):  # a list, one left out, one without storage or shape
-                parameter, wanted = "", False
+                wanted = False
         operands = self._sources.describe(args, kwargs)
-        for position, _shape, _dtype, wants, source in zip(*[iter(operands)] * 5, strict=True):
-            if position in entry.positions:
-                wanted = wanted or wants
-                if source is not None and not parameter and source.kind == "parameter":
-                    parameter = source.name
-        return parameter, wanted, operands
+        for position, _shape, _dtype, wants, _source in zip(*[iter(operands)] * 5, strict=True):
+            wanted = wanted or (wants and position in entry.positions)
+        return wanted, operands
 
     def _elementwise(self, entry: Entry, args: Any, kwargs: Any, out: Any) -> int:
         assert entry.elementwise is not None
@@ -289,7 +283,7 @@ class FlopCounter(TorchDispatchMode):
         flops: int,
         cost: Cost | None = None,
     ) -> None:
-        parameter, wanted, identity = signed
+        wanted, identity = signed
         causal, known = flops, False
         if cost is not None:
             known = cost.mask_known
@@ -305,9 +299,7 @@ class FlopCounter(TorchDispatchMode):
         key = (entry, frame, phase, origin, identity, flops, causal, known)
         row = self._tally.counted.get(key)
         if row is None:
-            if not parameter and origin is not None:
-                parameter = origin.parameter
-            row = self._tally.add_row(key, parameter, self._sources.describe(args, kwargs), out)
+            row = self._tally.add_row(key, self._sources.describe(args, kwargs, frame.own()), out)
         row.calls += 1
         if wanted:
             self.where.remember(row)
@@ -316,7 +308,7 @@ class FlopCounter(TorchDispatchMode):
         """As _count, of the line that runs; a backward operator's is that of its forward."""
         line = line_now(self.where, phase)
         FlopCounter._count(self, entry, frame.at(line), phase, signed, *call)
-        remember_line(self.where, line, own_node=signed[1])
+        remember_line(self.where, line, own_node=signed[0])
 
     def uncounted(self, name: str, tensors: Any, reason: str = "") -> None:
         """Record a call that does arithmetic and has no count: never silently 0."""

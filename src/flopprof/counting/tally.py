@@ -56,8 +56,12 @@ class Tally:
         self._parameters: tuple[ParameterRow, ...] = ()
         self._packed = 0  # elements of packed weights, which are no Parameters
 
-    def add_row(self, key: tuple[Any, ...], parameter: str, operands: tuple[Any, ...], out: Any) -> Row:
+    def add_row(self, key: tuple[Any, ...], operands: tuple[Any, ...], out: Any) -> Row:
         """The row of calls that were not seen before."""
+        entry, origin = key[0], key[3]
+        factors = zip(operands[::5], operands[4::5], strict=True)
+        names = (s.name for position, s in factors if s and s.kind == "parameter" and position in entry.positions)
+        parameter = next(names, "" if origin is None else origin.parameter)
         results = (out,) if isinstance(out, torch.Tensor) else out if isinstance(out, list | tuple) else ()
         tensors = [item for item in results if isinstance(item, torch.Tensor)]
         row = self.counted[key] = Row(parameter, operands, tuple((tensor.shape, tensor.dtype) for tensor in tensors))
