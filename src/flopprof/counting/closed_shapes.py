@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from fractions import Fraction
 from itertools import islice
 from typing import Any
 
+import msgspec
 import sympy
 import torch
 from torch._dispatch.python import enable_python_dispatcher
@@ -15,12 +17,11 @@ from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 from torch.overrides import TorchFunctionMode
-from torch.utils._sympy.functions import CleanDiv, FloorDiv, Mod, PythonMod
+from torch.utils._sympy.functions import CleanDiv, FloorDiv, Max, Mod, PythonMod
 
 from flopprof.counting.closed_places import Inputs, Sizes
 from flopprof.counting.closed_samples import CountAt, NotProved, Sample, Samples, rows_of
 from flopprof.forms import Condition, Form
-from flopprof.symbolic import replaced
 
 # Of an expression, its operators and operands: one size of a strided network has about ten.
 _MOST_PARTS = 40
@@ -60,19 +61,25 @@ def symbolic(count_at: CountAt, inputs: Inputs, hints: Sizes) -> tuple[tuple[For
     _generic(env, names)
     expressions: dict[Any, None] = {}
 
-    def note(integer: Any) -> int:
-        if isinstance(integer, torch.SymInt):
-            expressions[integer.node.expr] = None
-        return 0
+    def note(value: Any) -> Any:
+        if isinstance(value, torch.SymInt):
+            expressions[value.node.expr] = None
+        elif isinstance(value, tuple):
+            sizes = [note(item) for item in value]
+            if any(isinstance(size, torch.SymInt) for size in sizes):  # a shape: how many elements it has
+                expressions[sympy.Mul(*(s.node.expr if isinstance(s, torch.SymInt) else s for s in sizes))] = None
+        elif isinstance(value, msgspec.Struct):
+            for item in msgspec.structs.astuple(value):
+                note(item)
+        return value
 
-    replaced(rows, note, (torch.SymInt,))
+    note(rows)
+    reader = _Reader(names)
     forms: dict[Form, None] = {}
     for expression in expressions:
-        try:
-            forms[_form(env.replace(expression), names)] = None
-        except NotProved:
-            continue  # the integers that it would have been then match no form
-    return tuple(forms), tuple(_conditions(env, names))
+        with suppress(NotProved):  # the integers that it would have been then match no form
+            forms[reader.form(env.replace(expression))] = None
+    return tuple(forms), tuple(_conditions(env, names, reader))
 
 
 def recognised(samples: Samples, forms: Sequence[Form], points: Sequence[Sizes]) -> tuple[Sample, tuple[Form, ...]]:
@@ -153,11 +160,12 @@ def _generic(env: ShapeEnv, names: dict[sympy.Symbol, str]) -> None:
         raise NotProved(f"the model runs only where {name} is {spelled}")
 
 
-def _conditions(env: ShapeEnv, names: dict[sympy.Symbol, str]) -> Iterator[Condition]:
+def _conditions(env: ShapeEnv, names: dict[sympy.Symbol, str], reader: _Reader) -> Iterator[Condition]:
     for guard in env.guards:
         expression = env.replace(guard.expr)
         if expression is not sympy.true:
-            yield from _condition(expression, names)
+            yield from _condition(expression, reader)
+    yield from reader.conditions
     for symbol, name in names.items():
         bounds = env.var_to_range[symbol]
         if bounds.upper.is_number and bounds.upper.is_finite and bounds.upper < 2**31:
@@ -166,15 +174,15 @@ def _conditions(env: ShapeEnv, names: dict[sympy.Symbol, str]) -> Iterator[Condi
             yield Condition(Form.of(name), ">=", int(bounds.lower))
 
 
-def _condition(expression: Any, names: dict[sympy.Symbol, str]) -> Iterator[Condition]:
+def _condition(expression: Any, reader: _Reader) -> Iterator[Condition]:
     if isinstance(expression, sympy.And):
         for part in expression.args:
-            yield from _condition(part, names)
+            yield from _condition(part, reader)
         return
     relation = _RELATIONS.get(type(expression))
     if relation is None:
         raise NotProved(f"the model asks whether {expression}")
-    left = _form(expression.lhs, names) - _form(expression.rhs, names)
+    left = reader.form(expression.lhs) - reader.form(expression.rhs)
     left *= left.denominator  # its sign stays
     constant = sum(coefficient for coefficient, powers in left.terms if not powers)
     left, right = left - constant, -constant
@@ -188,36 +196,40 @@ def _condition(expression: Any, names: dict[sympy.Symbol, str]) -> Iterator[Cond
     yield Condition(left, relation, right)  # type: ignore[arg-type]
 
 
-def _form(expression: Any, names: dict[sympy.Symbol, str]) -> Form:
-    """The form that a sympy expression is. Raises NotProved for one that is none."""
+class _Reader:
+    """sympy expressions as forms, under the conditions that it notes."""
 
-    def read(node: Any) -> Form:
-        return _form(node, names)
+    def __init__(self, names: dict[sympy.Symbol, str]) -> None:
+        self._names = names
+        self.conditions: dict[Condition, None] = {}
 
-    match expression:
-        case sympy.Integer():
-            return Form.of(int(expression))
-        case sympy.Rational():
-            return Form.of(Fraction(int(expression.p), int(expression.q)))
-        case sympy.Symbol() if expression in names:
-            return Form.of(names[expression])
-        case sympy.Add():
-            return Form.total(map(read, expression.args))
-        case sympy.Mul():
-            return _product(map(read, expression.args))
-        case sympy.Pow(args=(base, exponent)) if exponent.is_Integer and exponent > 0:
-            return read(base) ** int(exponent)
-        case FloorDiv(args=(base, divisor)) | CleanDiv(args=(base, divisor)) if divisor.is_Integer and divisor > 0:
-            return read(base) // int(divisor)
-        case Mod(args=(base, divisor)) | PythonMod(args=(base, divisor)) if divisor.is_Integer and divisor > 0:
-            return read(base) - read(base) // int(divisor) * int(divisor)
-        case sympy.floor(args=(inner,)):
-            return read(inner) // 1
-    raise NotProved(f"{expression} is no polynomial with floors")
+    def form(self, expression: Any) -> Form:
+        """The form that an expression is. Raises NotProved for one that is none."""
+        match expression:
+            case sympy.Integer():
+                return Form.of(int(expression))
+            case sympy.Rational():
+                return Form.of(Fraction(int(expression.p), int(expression.q)))
+            case sympy.Symbol() if expression in self._names:
+                return Form.of(self._names[expression])
+            case sympy.Add():
+                return Form.total(map(self.form, expression.args))
+            case sympy.Mul():
+                return math.prod(map(self.form, expression.args), start=Form.of(1))
+            case sympy.Pow(args=(base, exponent)) if exponent.is_Integer and exponent > 0:
+                return self.form(base) ** int(exponent)
+            case FloorDiv(args=(base, divisor)) | CleanDiv(args=(base, divisor)) if _whole(divisor):
+                return self.form(base) // int(divisor)
+            case Mod(args=(base, divisor)) | PythonMod(args=(base, divisor)) if _whole(divisor):
+                return self.form(base) - self.form(base) // int(divisor) * int(divisor)
+            case sympy.floor(args=(inner,)):
+                return self.form(inner) // 1
+            case Max(args=(least, inner)) if _whole(least):  # of a stride: of a dimension that is empty it is 1
+                form = self.form(inner)
+                self.conditions[Condition(form, ">=", int(least))] = None
+                return form
+        raise NotProved(f"{expression} is no polynomial with floors")
 
 
-def _product(forms: Iterator[Form]) -> Form:
-    result = Form.of(1)
-    for form in forms:
-        result *= form
-    return result
+def _whole(number: Any) -> bool:
+    return bool(number.is_Integer and number > 0)

@@ -116,8 +116,6 @@ def _closed(model: nn.Module, args: Any, kwargs: Any, dynamic: Mapping[str, Any]
     def count_symbolic(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Profile:
         return count(model, *args, backward=wish.backward, loss=wish.loss, fold=False, **kwargs)
 
-    if engine != "auto":
-        return closed(count_at, args, kwargs, dynamic, count_symbolic=count_symbolic)
     modules = outermost(modules_within(model, args, kwargs, wish.loss))
     with preserved(modules, (args, kwargs)), moved_to_meta(modules) as move:
         return closed(count_at, move(args), move(kwargs), dynamic, count_symbolic=count_symbolic)
