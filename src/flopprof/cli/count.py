@@ -13,6 +13,7 @@ from flopprof.cli.options import (
     Batch,
     Device,
     Dtype,
+    Fold,
     ImageSize,
     Inputs,
     ModelArgs,
@@ -37,6 +38,7 @@ def count(
     inputs: Inputs = None,
     backward: Backward = False,
     train: Train = False,
+    fold: Fold = True,
     attention: Annotated[
         Literal["full", "causal"],
         typer.Option(
@@ -109,7 +111,7 @@ def count(
             train=train,
             model_args=arguments,
         )
-        profile = workload.count(backward=backward, attention=attention, lines=by == "line")
+        profile = workload.count(backward=backward, attention=attention, lines=by == "line", fold=fold)
     if strict and profile.uncounted:
         raise UncountedOperators(
             f"{target} runs operators that have no formula: {', '.join(profile.uncounted)}. "

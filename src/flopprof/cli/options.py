@@ -65,3 +65,12 @@ ModelArgs = Annotated[
         rich_help_panel=RUN,
     ),
 ]
+Fold = Annotated[
+    bool,
+    typer.Option(
+        "--fold/--no-fold",
+        help="On meta, run a repeated block once and charge it to each, where that is proved to be the same; "
+        "--no-fold runs every block.",
+        rich_help_panel=RUN,
+    ),
+]

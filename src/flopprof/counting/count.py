@@ -78,7 +78,7 @@ def count(
                 folds = stack.enter_context(folded(module, counter, barred))
             leaves = _to_differentiate(model(*given, **also), loss)
             if folds is not None:
-                folds.read(leaves)
+                folds.read(leaves, backward=backward)
             if backward:
                 keep.gradients(leaves)
                 if leaves:

@@ -19,7 +19,11 @@ _SCALARS = frozenset({type(None), bool, int, float, str, torch.dtype, torch.devi
 
 
 class Doubt(Exception):
-    """A fold that was made cannot be upheld."""
+    """A fold that was made cannot be upheld. suspects: names of the modules to leave alone, where those are known."""
+
+    def __init__(self, why: str, suspects: frozenset[str] = frozenset()) -> None:
+        super().__init__(why)
+        self.suspects = suspects
 
 
 class _Passed(int):

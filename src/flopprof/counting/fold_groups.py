@@ -14,6 +14,7 @@ from flopprof.counting.fold_call import Call
 from flopprof.counting.fold_likeness import Description, Unlike, described
 
 _VARIES = object()
+_FEW = 6
 _LEAVES = (nn.modules.batchnorm._BatchNorm,)  # dear on meta, and nothing in them but tensors and numbers
 
 
@@ -49,6 +50,8 @@ class Group:
             if len({*values}) > 1 and all(type(value) in (int, float) for value in values):
                 self.varying[position] = None
                 self._highest = max([self._highest, *(value for value in values if type(value) is int)])
+        # One that has every reason to do the same runs all the same, where that costs little of what folding saves.
+        self.members[-1].last = bool(self.varying) or len(self.members) > _FEW
 
     def split(self, description: Description) -> tuple[list[Any], list[Any]]:
         """(facts but for the numbers that vary, those numbers)."""
@@ -182,8 +185,7 @@ def _placed(
     """Members and owners, of groups that are large enough, and not just the one part of every larger member."""
     kept: dict[int, Group] = {}
     for structure, modules in groups.items():
-        leaf = facts[id(modules[0])][1] == 1
-        if len(modules) > (1 if leaf else 2) and type(modules[0]).forward is not nn.Module.forward:
+        if len(modules) > 1 and type(modules[0]).forward is not nn.Module.forward:
             kept[structure] = Group()
     members: dict[int, Member] = {}
     owners: dict[int, Member] = {}
@@ -206,7 +208,4 @@ def _placed(
 
     chosen = {structure: {id(module) for module in modules} for structure, modules in groups.items()}
     place(model, None)
-    for group in kept.values():
-        if group.members and group.members[0].size > 1:
-            group.members[-1].last = True
     return members, owners

@@ -105,6 +105,8 @@ class Description:
             size = len(value) if isinstance(value, list | dict | set | deque) else 0
             if size > _MOST_GLOBALS:
                 facts += (name, id(value), size)
+            elif type(value) not in _PLAIN:  # an object that may count, or collect
+                facts += (name, id(value), _surface(value))
             else:
                 self.value(value)
         children = held["_modules"]
@@ -226,6 +228,18 @@ def described(module: nn.Module) -> Description:
     return description
 
 
+def containers_in(attributes: list[dict[str, Any]]) -> list[Any]:
+    """Lists, dictionaries and sets that modules keep of their own."""
+    kinds = (list, dict, set, deque, OrderedDict, defaultdict)
+    return [
+        value
+        for held in attributes
+        if len(held) > len(_STANDARD)
+        for key, value in held.items()
+        if key not in _STANDARD and type(value) in kinds
+    ]
+
+
 # --- what a class keeps besides its instances -----------------------------------------------------------------------
 _PLAIN = (bool, int, float, str, list, dict, set, deque, type(None))
 
@@ -257,9 +271,23 @@ def _globals_of_class(cls: type) -> tuple[tuple[dict[str, Any], str], ...]:
                 continue
             for name in _names(function.__code__):
                 value = function.__globals__.get(name, builtins)
-                if type(value) in _PLAIN and not name.isupper():
+                if type(value) in _PLAIN or _keeps(value):
                     found[id(function.__globals__), name] = (function.__globals__, name)
     return tuple(found.values())
+
+
+def _keeps(value: Any) -> bool:
+    """Is it an object with attributes of its own, none of a language's or a library's fixtures?"""
+    fixtures = type | nn.Module | ModuleType | FunctionType | BuiltinFunctionType | MethodType | logging.Logger
+    return type(getattr(value, "__dict__", None)) is dict and not isinstance(value, fixtures | weakref.ref)
+
+
+def _surface(value: Any) -> tuple[Any, ...]:
+    """The scalars that an object keeps, and how much else."""
+    return tuple(
+        (key, item if type(item) in _SCALARS else len(item) if type(item) in (list, dict, set, deque) else id(item))
+        for key, item in getattr(value, "__dict__", {}).items()
+    )
 
 
 def _function(method: Any) -> FunctionType | None:

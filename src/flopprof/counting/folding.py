@@ -25,7 +25,7 @@ from flopprof.counting import fold_charge
 from flopprof.counting.fold_call import Call, Doubt, Folded, Outcome
 from flopprof.counting.fold_graph import Graph, edge_of, unfit
 from flopprof.counting.fold_groups import Group, Member, members_of
-from flopprof.counting.fold_likeness import Description, Signature, Unlike, described, state_of_torch
+from flopprof.counting.fold_likeness import Description, Signature, Unlike, containers_in, described, state_of_torch
 from flopprof.counting.fold_numbers import Watched, telling
 from flopprof.counting.fold_wrapper import wrapped
 from flopprof.counting.runtime import FlopCounter
@@ -43,14 +43,18 @@ _MOST_FAILURES = 2  # templates that cannot stand for others, until a group is l
 class Folding:
     """The folds of one run: made as modules are called, proved and charged afterwards."""
 
-    def __init__(self, model: nn.Module, counter: FlopCounter) -> None:
+    def __init__(self, model: nn.Module, counter: FlopCounter, barred: frozenset[str]) -> None:
         self._counter = counter
         self._model = model
         self.members, self.owners, self._storages = members_of(model)
+        for member in self.members.values():
+            member.group.barred |= member.fqn in barred
         self._modes = _stack_size(), _function_stack_size()
         modes = [torch._C._get_dispatch_stack_at(place) for place in range(_stack_size())]
         self._store = next((mode.store for mode in modes if isinstance(mode, Values)), None)
         self._nothing = torch.empty(0, device="meta", requires_grad=True)
+        self._attributes = [vars(module) for module in model.modules()]
+        self._containers = containers_in(self._attributes)
         self._calls: list[Call] = []
         self._hooks: list[Any] = []
         self.doubts: list[str] = []
@@ -92,9 +96,9 @@ class Folding:
         except Unlike:
             return self._really(member, beneath, args, kwargs)
         match = self._match(member, key, values, description, signature)
-        if match is None or member.last or (values and not match.proofs):
-            if member.template is not None:
-                raise self._doubt("a block's later call differs from its template's")
+        if match is None and member.template is not None:
+            raise self._doubt("a block's later call differs from its template's")
+        if match is None or (member.template is None and (member.last or (values and not match.proofs))):
             return self._record(member, match, description, signature, beneath, args, kwargs)
         return self._fold(member, match, values, signature)
 
@@ -119,9 +123,9 @@ class Folding:
                 raise self._doubt(why)
             member = member.owner
 
-    def _doubt(self, why: str) -> Doubt:
+    def _doubt(self, why: str, suspects: frozenset[str] = frozenset()) -> Doubt:
         self.doubts.append(why)  # also where the model catches what is raised
-        return Doubt(why)
+        return Doubt(why, suspects)
 
     def _really(self, member: Member, beneath: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         if member.template is not None:
@@ -179,7 +183,7 @@ class Folding:
             where.leave(entered)
             self._counter.seen += 1  # the module around it has not come by its output from nowhere
 
-    def _record(
+    def _record(  # noqa: PLR0915 - one call's before, run and after
         self,
         member: Member,
         match: Call | None,
@@ -196,7 +200,7 @@ class Folding:
         if torch.is_grad_enabled():
             call.input_edges = [edge_of(tensor) for tensor in signature.tensors if tensor.requires_grad]
         places = [dict(vars(place)) for _holder, _key, place in signature.places]
-        before = self._world(member)
+        before = self._world(member) if match is None else None
         watched: list[Watched] = []
         call.start = _sequence()
         member.active += 1
@@ -213,7 +217,9 @@ class Folding:
         try:
             if call.log.opaque or any(each.touched_elsewhere for each in watched):
                 raise Unlike("a number that was used for more than comparing")
-            if self._world(member) != before or not described(member.module).unchanged_since(description):
+            if (match is None and self._world(member) != before) or not described(member.module).unchanged_since(
+                description
+            ):
                 raise Unlike("something that was written to")
             later = Signature(signature.index, self._source)
             later.call(args, kwargs, state_of_torch())
@@ -258,14 +264,12 @@ class Folding:
             random.getstate(),
             state,
             None if numpy is None else numpy.random.get_state()[2],
-            [
-                [(id(value), len(value) if type(value) in (list, dict, set) else 0) for value in vars(module).values()]
-                for module in self._model.modules()
-            ],
+            [tuple(map(id, held.values())) for held in self._attributes],
+            [*map(len, self._containers)],
         )
 
     # --- when the graph is complete -----------------------------------------------------------------
-    def read(self, outputs: list[torch.Tensor]) -> None:
+    def read(self, outputs: list[torch.Tensor], *, backward: bool) -> None:
         """Prove on the graph of a run with these outputs that folded calls are like their templates. Raises Doubt."""
         templates = [call for call in self._calls if call.folds]
         if not templates:
@@ -274,12 +278,15 @@ class Folding:
         graph = Graph(outputs, [(call.start, call.end, call) for call in ran])
         for call in ran:
             call.read(graph)
+        suspects: set[str] = set()
         for call in self._calls:
             if call.template is not None:
                 call.read(graph)
-                if call.node is not None and call.like(call.template) != (True, True):
-                    raise self._doubt(f"{call.member.fqn}: other gradients than its template's")
+                if backward and call.node is not None and call.like(call.template) != (True, True):
+                    suspects.add(call.member.fqn)
                 call.gives = call.inputs_reached
+        if suspects:
+            raise self._doubt("other gradients than a template's", frozenset(suspects))
         self._prove_boundaries(graph, templates)
         for call in templates:
             self._listen(call)
@@ -353,9 +360,9 @@ class Folding:
             for group in {id(member.group): member.group for member in folded}.values()
             for call, match in group.proofs
         ]
-        charged = fold_charge.charge(profile, folds)
-        if where := fold_charge.used_outside(profile, folds) or fold_charge.contradicted(charged, proofs, folds):
-            raise self._doubt(f"{where} did not do what its siblings' template did")
+        charged, wrong = fold_charge.charge(profile, folds, proofs)
+        if wrong := wrong or fold_charge.used_outside(profile, folds):
+            raise self._doubt(f"{wrong} did not do what its siblings' template did")
         return charged
 
     def _folded(self) -> list[Member]:
@@ -400,12 +407,13 @@ def _changes(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
 
 
 @contextmanager
-def folded(model: nn.Module, counter: FlopCounter) -> Iterator[Folding]:
+def folded(model: nn.Module, counter: FlopCounter, barred: frozenset[str]) -> Iterator[Folding]:
     """While open, repeated blocks of `model`, which lives on meta, are folded; open inside the counter's block.
 
-    Raises Doubt for whatever is raised inside once anything was folded: the run is then to be done again without.
+    barred: names of modules that are not folded, and with them those like them. Raises Doubt for whatever is raised
+    inside once anything was folded: the run is then to be done again without.
     """
-    folding = Folding(model, counter)
+    folding = Folding(model, counter, barred)
     try:
         with wrapped(folding):
             yield folding
