@@ -55,6 +55,12 @@ def test_hooks_belong_to_their_module(engine: Any) -> None:
     assert own(trace(model, leaf(), engine=engine), "forward") == {"0": 2 * L, "1": L}
 
 
+@pytest.mark.parametrize("engine", ENGINES)
+def test_modules_that_run_nothing_are_there(engine: Any) -> None:
+    model = nn.Sequential(linear(), nn.Sequential(), nn.Identity())
+    assert trace(model, leaf(), engine=engine).by_module() == {"": L, "0": L, "1": 0, "2": 0}
+
+
 @fx.wrap
 def hidden(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     if x.shape[0] > 1:  # a question that no stand-in could answer

@@ -232,7 +232,7 @@ def _by_fx(model: nn.Module, args: Any, kwargs: Any, wish: Wish, *, insist: bool
         if insist:
             raise Untraceable(
                 f"torch.fx's graph of {type(model).__name__} does not run what the model runs "
-                f"({profile.forward_flops} FLOPs forward instead of {counted.forward_flops}): "
+                f"({profile.forward_flops} FLOPs forward instead of {counted.forward_flops}, or in other modules): "
                 "use engine='export', or flopprof.count, which runs the model."
             )
         return None
@@ -283,11 +283,12 @@ def _forward(model: nn.Module, args: Any, kwargs: Any, wish: Wish) -> Profile:
 
 
 def _said(profile: Profile) -> Any:
-    """What the forward alone says, per module and of its masks."""
+    """What the forward alone says, per module and of its masks; modules without operators are in no graph."""
     rows = [row for row in profile.operators if row.phase == "forward"]
     missing = {(row.op, row.fqn, row.calls) for row in profile.uncounted_rows if row.phase == "forward"}
-    causal = sum(row.flops_causal for row in rows)
-    return profile.by_module("forward", own=True), profile.elementwise_by_module("forward"), missing, causal
+    tables = (profile.by_module("forward", own=True), profile.elementwise_by_module("forward", own=True))
+    found = [{fqn: flops for fqn, flops in table.items() if flops} for table in tables]
+    return found, missing, sum(row.flops_causal for row in rows)
 
 
 # --- errors ----------------------------------------------------------------------------------------------------------
