@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_map_only
 
+from flopprof.counting.ends import own_inputs, to_differentiate
 from flopprof.counting.fold_call import Doubt
 from flopprof.counting.fold_charge import ordered
 from flopprof.counting.folding import foldable, folded
@@ -68,7 +67,7 @@ def count(
                 stack.enter_context(carried(counter.assume, named(model, args, kwargs)))
             given, also = (moved(args), moved(kwargs)) if values or (meta and not mixed) else (args, kwargs)
             if backward:
-                given, also = _own(given), _own(also)
+                given, also = own_inputs(given), own_inputs(also)
                 stack.enter_context(torch.enable_grad())
             if optimizer is not None:
                 optimizer.zero_grad()
@@ -76,7 +75,7 @@ def count(
             folds = None
             if module is not None and barred is not None:
                 folds = stack.enter_context(folded(module, counter, barred))
-            leaves = _to_differentiate(model(*given, **also), loss)
+            leaves = to_differentiate(model(*given, **also), loss)
             if folds is not None:
                 folds.read(leaves, backward=backward)
             if backward:
@@ -115,29 +114,3 @@ def count(
     if meta and (failures() > failed or any(row.reason == LENGTHS_ON_META for row in profile.uncounted_rows)):
         return attempt(values=True)
     return profile
-
-
-def _own(inputs: Any) -> Any:
-    """Inputs whose gradients land in no tensor of the caller's."""
-    return tree_map_only(
-        torch.Tensor, lambda leaf: leaf.detach().requires_grad_() if leaf.requires_grad else leaf, inputs
-    )
-
-
-def _to_differentiate(output: Any, loss: Callable[[Any], torch.Tensor] | None) -> list[torch.Tensor]:
-    values = [loss(output)] if loss is not None else list(_tensors(output))
-    return [value for value in values if value.requires_grad and (value.is_floating_point() or value.is_complex())]
-
-
-def _tensors(output: Any) -> Iterator[torch.Tensor]:
-    if isinstance(output, torch.Tensor):
-        yield output
-    elif isinstance(output, Mapping):
-        for value in output.values():
-            yield from _tensors(value)
-    elif isinstance(output, list | tuple | set):
-        for value in output:
-            yield from _tensors(value)
-    elif is_dataclass(output) and not isinstance(output, type):
-        for item in fields(output):
-            yield from _tensors(getattr(output, item.name))

@@ -16,9 +16,8 @@ from torch import nn
 from flopprof.counting import graph_fx
 from flopprof.counting.attribution import Frame
 from flopprof.counting.closed import closed
-from flopprof.counting.count import _own as own_inputs
-from flopprof.counting.count import _to_differentiate as to_differentiate
 from flopprof.counting.count import count
+from flopprof.counting.ends import own_inputs, to_differentiate
 from flopprof.counting.fold_charge import ordered
 from flopprof.counting.gradients import Flow, Severed, Value, reach, tensors_of
 from flopprof.counting.graph_export import Exported, export, read

@@ -22,7 +22,7 @@ import torch.utils.checkpoint
 from torch import fx, nn
 
 from flopprof.counting.attribution import Frame, Names
-from flopprof.counting.count import _tensors as tensors_in
+from flopprof.counting.ends import tensors_in
 from flopprof.counting.graph_walk import WANTED
 from flopprof.counting.imports import replaced
 from flopprof.counting.operands import Source

@@ -8,8 +8,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from flopprof.counting.count import _own as own_inputs
-from flopprof.counting.count import _to_differentiate as to_differentiate
+from flopprof.counting.ends import own_inputs, to_differentiate
 from flopprof.counting.guesses import named
 from flopprof.counting.preserve import modules_within, preserved
 from flopprof.counting.values import carried
