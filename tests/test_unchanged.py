@@ -359,6 +359,30 @@ def test_count_restores_buffers_of_every_sort() -> None:
     assert module.part.data_ptr() == module.whole[2:4].data_ptr()
 
 
+@pytest.mark.parametrize("registered", [False, True], ids=["attribute", "buffer"])
+def test_count_leaves_no_graph_in_what_a_forward_writes_to(registered: bool) -> None:
+    class Cached(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(3, 3)
+            if registered:
+                self.register_buffer("cache", torch.zeros(2, 3))
+            else:
+                self.cache = torch.zeros(2, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.cache[:] = self.inner(x)
+            return self.cache * 2
+
+    module = Cached()
+    cache = module.cache
+    profiles = [flopprof.count(module, torch.randn(2, 3), backward=True) for _ in range(2)]
+    assert profiles[0] == profiles[1]
+    assert module.cache is cache
+    assert (cache.grad_fn, cache.requires_grad, cache.grad) == (None, False, None)
+    assert torch.equal(cache, torch.zeros(2, 3))
+
+
 def test_count_leaves_the_random_state_of_numpy() -> None:
     numpy = pytest.importorskip("numpy")
 

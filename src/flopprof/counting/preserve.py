@@ -96,7 +96,10 @@ class Keep:
         self._undo.append(undo)
 
     def values(self, tensor: torch.Tensor) -> None:
-        """Its elements, in place."""
+        """Its elements, in place; and that it has no graph, where it had none."""
+        if tensor.is_leaf and (tensor.is_floating_point() or tensor.is_complex()):
+            wanted = tensor.requires_grad
+            self._undo.append(lambda: _cut(tensor, wanted))
         # By storage: whatever the type, overlaps included, and unseen by autograd, whose graphs may hold the tensor.
         try:
             storage = tensor.untyped_storage()
@@ -116,6 +119,13 @@ class Keep:
             container.clear()
         self._empty.clear()
         self._saved.clear()
+
+
+def _cut(tensor: torch.Tensor, wanted: bool) -> None:
+    """A tensor that was written to in place is no result any more."""
+    if tensor.grad_fn is not None and not tensor._is_view():  # torch cannot cut a view from what it was written with
+        tensor.detach_().requires_grad_(wanted)
+        tensor.grad = None
 
 
 def modules_within(*values: Any) -> list[torch.nn.Module]:
