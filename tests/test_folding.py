@@ -730,7 +730,7 @@ TIMM = [
     "focalnet_tiny_srf", "gcvit_xxtiny", "ghostnet_100", "hardcorenas_a", "hgnet_tiny", "hrnet_w18_small",
     "inception_v4", "levit_128s", "maxvit_tiny_tf_224", "mixer_b16_224", "mobilenetv4_conv_small", "mobileone_s0",
     "mobilevit_xxs", "mvitv2_tiny", "nest_tiny", "pit_ti_224", "poolformer_s12", "pvt_v2_b0", "regnety_002",
-    "repvgg_a0", "resmlp_12_224", "resnest14d", "resnet50", "rexnet_100", "sknet18", "res2net50_14w_8s",
+    "repvgg_a0", "resmlp_12_224", "resnest14d", "resnet50", "rexnet_100", "skresnet18", "res2net50_14w_8s",
     "samvit_base_patch16", "seresnet50", "sequencer2d_s", "swin_tiny_patch4_window7_224", "swinv2_tiny_window8_256",
     "tiny_vit_5m_224", "tnt_s_patch16_224", "twins_pcpvt_small", "vgg11", "visformer_tiny", "vit_small_patch16_224",
     "volo_d1_224", "vovnet39a", "xception41", "xcit_tiny_12_p8_224",
@@ -766,7 +766,7 @@ def every_vision_model() -> list[str]:
 def test_every_vision_model_counts_the_same_folded(name: str) -> None:
     from flopprof.models import load
 
-    workload = load(name)
+    workload = load(name, batch=2)
     same(workload.model, *workload.args, backward=True)
     same(workload.model.train(), *workload.args)
 

@@ -11,7 +11,8 @@ import torch
 from flopprof.counting.ends import own_inputs, to_differentiate
 from flopprof.counting.fold_call import Doubt
 from flopprof.counting.fold_charge import ordered
-from flopprof.counting.folding import foldable, folded
+from flopprof.counting.fold_trial import foldable
+from flopprof.counting.folding import folded
 from flopprof.counting.guesses import named
 from flopprof.counting.preserve import modules_within, preserved
 from flopprof.counting.questions import failures

@@ -13,20 +13,19 @@ import random
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from operator import itemgetter
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.modules import module as _modules
-from torch.nn.parameter import is_lazy
 
 from flopprof.counting import fold_charge
 from flopprof.counting.fold_call import Call, Doubt, Folded, Outcome
 from flopprof.counting.fold_graph import Graph, edge_of, unfit
 from flopprof.counting.fold_groups import Group, Member, members_of
 from flopprof.counting.fold_likeness import Description, Signature, Unlike, containers_in, described, state_of_torch
-from flopprof.counting.fold_numbers import Watched, telling
+from flopprof.counting.fold_numbers import Watched
+from flopprof.counting.fold_trial import changes, swap, swap_back
 from flopprof.counting.fold_wrapper import wrapped
 from flopprof.counting.runtime import FlopCounter
 from flopprof.counting.values import Values
@@ -206,11 +205,11 @@ class Folding:
         member.active += 1
         try:
             if match is None:
-                watched = _swap(call, group, description, signature)
+                watched = swap(call, group, description, signature)
             output = beneath(member.module, *args, **kwargs)
         finally:
             member.active -= 1
-            _swap_back(description, signature)
+            swap_back(description, signature)
         call.end = _sequence()
         member.calls.append(call)
         self._calls.append(call)
@@ -225,7 +224,7 @@ class Folding:
             later.call(args, kwargs, state_of_torch())
             if not later.unchanged_since(signature):
                 raise Unlike("an argument that was written to")
-            effects = [_changes(old, vars(place)) for old, (*_, place) in zip(places, signature.places, strict=True)]
+            effects = [changes(old, vars(place)) for old, (*_, place) in zip(places, signature.places, strict=True)]
             outcome = Outcome(output, effects, signature.tensors, self._storages, self._valued)
             made = [outcome.tensors[number] for number in outcome.differentiable]
             if why := unfit(made, call.start, Folded._backward_cls):
@@ -259,7 +258,7 @@ class Folding:
             return None
         numpy = sys.modules.get("numpy")
         with torch._C._DisableTorchDispatch(), torch._C.DisableTorchFunction():
-            state = torch.default_generator.get_state().numpy().tobytes() if numpy is not None else None
+            state = bytes(torch.default_generator.get_state().tolist())
         return (
             random.getstate(),
             state,
@@ -377,35 +376,6 @@ class Folding:
             call.input_edges, call.output_edges = [], []
 
 
-def _swap(call: Call, group: Group, description: Description, signature: Signature) -> list[Watched]:
-    """Let the numbers by which siblings differ, and the lists with a place for each, tell how they are used."""
-    for number, position in enumerate(group.varying or ()):
-        for holder, attribute in description.holders(position):
-            holder[attribute] = telling(holder[attribute], call.log, itemgetter(number))
-    index = group.index_number(description)
-    if index is None:
-        return []
-    watched = [Watched(holder[attribute], itemgetter(index)) for holder, attribute, _place in signature.places]
-    for (holder, attribute, _place), each in zip(signature.places, watched, strict=True):
-        holder[attribute] = each
-    return watched
-
-
-def _swap_back(description: Description, signature: Signature) -> None:
-    for position, holder, attribute in description.numbers:
-        if type(holder.get(attribute)) is not type(description.facts[position]):
-            holder[attribute] = description.facts[position]
-    for (holder, attribute, _place), original in zip(signature.places, signature.lists, strict=True):
-        if type(holder.get(attribute)) is Watched:
-            holder[attribute] = original
-
-
-def _changes(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
-    if before.keys() - after.keys():
-        raise Unlike("an attribute that was removed")
-    return {key: value for key, value in after.items() if key not in before or value is not before[key]}
-
-
 @contextmanager
 def folded(model: nn.Module, counter: FlopCounter, barred: frozenset[str]) -> Iterator[Folding]:
     """While open, repeated blocks of `model`, which lives on meta, are folded; open inside the counter's block.
@@ -423,20 +393,3 @@ def folded(model: nn.Module, counter: FlopCounter, barred: frozenset[str]) -> It
         raise Doubt(f"{type(error).__name__} in a folded run") from error
     finally:
         folding.close()
-
-
-def foldable(model: Any, inputs: Any) -> bool:
-    """May a count of this model fold at all? It lives on meta, nobody else watches, and it can be run twice alike."""
-    if not isinstance(model, nn.Module) or _stack_size() or not _replayable(inputs):
-        return False
-    parameters = list(model.parameters())
-    return bool(parameters) and all(parameter.is_meta and not is_lazy(parameter) for parameter in parameters)
-
-
-def _replayable(inputs: Any) -> bool:
-    """Are the inputs tensors and plain values only? A cache of the caller's would be another after a first run."""
-    if type(inputs) in (list, tuple):
-        return all(map(_replayable, inputs))
-    if type(inputs) is dict:
-        return all(map(_replayable, inputs.values()))
-    return isinstance(inputs, torch.Tensor | bool | int | float | str | torch.dtype | torch.device | type(None))

@@ -292,5 +292,6 @@ def _packed(module: torch.nn.Module) -> int:
 
 
 def _numel(parameter: torch.nn.Parameter) -> int:
-    lazy = torch.nn.parameter.is_lazy(parameter)
-    return 0 if lazy else parameter.numel()
+    if type(parameter) is not torch.nn.Parameter and torch.nn.parameter.is_lazy(parameter):
+        return 0
+    return parameter.numel()
