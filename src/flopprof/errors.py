@@ -53,3 +53,15 @@ class NoForm(FlopprofError):
 
 class EnginesDisagree(FlopprofError):
     """Two of flopprof's own engines give one module different counts; the message names the modules."""
+
+
+class InvalidCheckpoint(UsageError):
+    """A config.json or a safetensors file that cannot be what it claims; the message names the file and the field."""
+
+
+class HubUnreachable(FlopprofError):
+    """The Hugging Face hub gave no answer, or offline mode is on and the cache does not hold the file."""
+
+
+class AccessDenied(FlopprofError):
+    """The Hugging Face hub holds the model back: its terms must be accepted, or a token given."""

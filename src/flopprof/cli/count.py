@@ -9,16 +9,20 @@ import typer
 
 from flopprof.cli.options import (
     RUN,
+    AudioSeconds,
     Backward,
     Batch,
     Device,
     Dtype,
     Fold,
+    Images,
     ImageSize,
     Inputs,
     ModelArgs,
+    Seq,
     Target,
     Train,
+    TrustRemoteCode,
 )
 from flopprof.cli.output import console, progress, require_writable, write_text
 from flopprof.errors import UncountedOperators, UsageError
@@ -34,7 +38,10 @@ def count(
     target: Target,
     *,
     batch: Batch = 1,
+    seq: Seq = None,
     image_size: ImageSize = None,
+    audio_seconds: AudioSeconds = None,
+    images: Images = 1,
     inputs: Inputs = None,
     backward: Backward = False,
     train: Train = False,
@@ -49,6 +56,7 @@ def count(
     device: Device = None,
     dtype: Dtype = None,
     model_args: ModelArgs = None,
+    trust_remote_code: TrustRemoteCode = False,
     depth: Annotated[
         int,
         typer.Option(help="Levels of modules below the root.", metavar="D", min=0, rich_help_panel=_REPORT),
@@ -110,6 +118,10 @@ def count(
             dtype=dtype,
             train=train,
             model_args=arguments,
+            seq=seq,
+            audio_seconds=audio_seconds,
+            images=images,
+            trust_remote_code=trust_remote_code,
         )
         profile = workload.count(backward=backward, attention=attention, lines=by == "line", fold=fold)
     if strict and profile.uncounted:
@@ -117,6 +129,9 @@ def count(
             f"{target} runs operators that have no formula: {', '.join(profile.uncounted)}. "
             "Give each one with flopprof.register_formula, or leave --strict out."
         )
+    mismatch = workload.stored().get("mismatch")
+    if mismatch is not None and "-" in (json, csv):
+        typer.echo(f"flopprof: {mismatch}", err=True)
     if json is not None:
         write_text(json, profile.to_json())
     if csv is not None:
@@ -126,7 +141,9 @@ def count(
 
         heading = f"{workload.describe()}, {profile.device}"
         sources = _sources(profile) if by == "line" else None
-        report = render(profile, heading=heading, depth=depth, by=by, unit=unit, sources=sources)
+        report = render(
+            profile, heading=heading, depth=depth, by=by, unit=unit, sources=sources, stored=workload.stored()
+        )
         console().print(report, crop=False)
 
 

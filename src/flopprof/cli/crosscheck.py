@@ -7,7 +7,21 @@ from typing import Annotated
 import typer
 
 from flopprof.cli.count import parse_model_arg
-from flopprof.cli.options import Backward, Batch, Device, Dtype, ImageSize, Inputs, ModelArgs, Target, Train
+from flopprof.cli.options import (
+    AudioSeconds,
+    Backward,
+    Batch,
+    Device,
+    Dtype,
+    Images,
+    ImageSize,
+    Inputs,
+    ModelArgs,
+    Seq,
+    Target,
+    Train,
+    TrustRemoteCode,
+)
 from flopprof.cli.output import console, progress, require_writable, write_text
 from flopprof.errors import EnginesDisagree
 
@@ -20,13 +34,17 @@ def crosscheck(
     target: Target,
     *,
     batch: Batch = 1,
+    seq: Seq = None,
     image_size: ImageSize = None,
+    audio_seconds: AudioSeconds = None,
+    images: Images = 1,
     inputs: Inputs = None,
     backward: Backward = False,
     train: Train = False,
     device: Device = None,
     dtype: Dtype = None,
     model_args: ModelArgs = None,
+    trust_remote_code: TrustRemoteCode = False,
     json: Annotated[
         str | None,
         typer.Option(
@@ -59,6 +77,10 @@ def crosscheck(
             dtype=dtype,
             train=train,
             model_args=arguments,
+            seq=seq,
+            audio_seconds=audio_seconds,
+            images=images,
+            trust_remote_code=trust_remote_code,
         )
         result = check(workload, backward=backward)
     if json is not None:

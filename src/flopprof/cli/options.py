@@ -11,8 +11,9 @@ RUN = "What is run"
 Target = Annotated[
     str,
     typer.Argument(
-        help="A torchvision name (resnet50), timm:NAME, path/to/file.py:function_or_class that returns a "
-        "module, or (module, inputs), or the model.pt2 that torch.export.save wrote.",
+        help="A torchvision name (resnet50), timm:NAME, hf:ORG/NAME[@revision] or the directory of a Hugging Face "
+        "checkpoint (weights are never read), path/to/file.py:function_or_class that returns a module, or (module, "
+        "inputs), or the model.pt2 that torch.export.save wrote.",
         metavar="TARGET",
         show_default=False,
     ),
@@ -24,6 +25,33 @@ ImageSize = Annotated[
         help="Side of the square images in pixels; default: what the model's own weights declare.",
         metavar="PIXELS",
         min=1,
+        rich_help_panel=RUN,
+    ),
+]
+Seq = Annotated[
+    int | None,
+    typer.Option(
+        help="Tokens of text, image placeholders included; of both sides for encoder-decoders. Hugging Face models.",
+        metavar="N",
+        min=1,
+        rich_help_panel=RUN,
+    ),
+]
+AudioSeconds = Annotated[
+    float | None,
+    typer.Option(help="Length of the sound that a Hugging Face speech model hears.", metavar="S", rich_help_panel=RUN),
+]
+Images = Annotated[
+    int,
+    typer.Option(
+        help="Pictures in each text of a Hugging Face model that reads both.", metavar="N", min=0, rich_help_panel=RUN
+    ),
+]
+TrustRemoteCode = Annotated[
+    bool,
+    typer.Option(
+        "--trust-remote-code",
+        help="Run the Python code that a Hugging Face checkpoint brings; else none of it runs.",
         rich_help_panel=RUN,
     ),
 ]

@@ -7,7 +7,22 @@ from typing import Annotated, Literal
 import typer
 
 from flopprof.cli.count import parse_model_arg
-from flopprof.cli.options import RUN, Backward, Batch, Device, Dtype, ImageSize, Inputs, ModelArgs, Target, Train
+from flopprof.cli.options import (
+    RUN,
+    AudioSeconds,
+    Backward,
+    Batch,
+    Device,
+    Dtype,
+    Images,
+    ImageSize,
+    Inputs,
+    ModelArgs,
+    Seq,
+    Target,
+    Train,
+    TrustRemoteCode,
+)
 from flopprof.cli.output import console, progress, require_writable, write_text
 from flopprof.errors import UsageError
 
@@ -19,7 +34,10 @@ def reconcile(
     target: Target,
     *,
     batch: Batch = 1,
+    seq: Seq = None,
     image_size: ImageSize = None,
+    audio_seconds: AudioSeconds = None,
+    images: Images = 1,
     inputs: Inputs = None,
     tokens: Annotated[
         int | None,
@@ -62,6 +80,7 @@ def reconcile(
     device: Device = None,
     dtype: Dtype = None,
     model_args: ModelArgs = None,
+    trust_remote_code: TrustRemoteCode = False,
     json: Annotated[
         str | None,
         typer.Option(
@@ -92,6 +111,10 @@ def reconcile(
             dtype=dtype,
             train=train,
             model_args=arguments,
+            seq=seq,
+            audio_seconds=audio_seconds,
+            images=images,
+            trust_remote_code=trust_remote_code,
         )
         if adapters is not None:
             add_lora(workload.model, *adapters)

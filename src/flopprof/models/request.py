@@ -18,6 +18,8 @@ from flopprof.models.inputs import InputSpec, first_line, make_input
 
 logger = logging.getLogger(__name__)
 
+_LONGEST_SOUND_S = 86_400
+
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
@@ -30,6 +32,10 @@ class Request:
     dtype: torch.dtype | None
     train: bool
     model_args: Mapping[str, Any]
+    seq: int | None = None
+    audio_seconds: float | None = None
+    images: int = 1
+    trust_remote_code: bool = False
 
     def check(self) -> None:
         """Raises UsageError where the wishes contradict each other or the machine."""
@@ -37,6 +43,14 @@ class Request:
             raise UsageError(f"batch is {self.batch}: give a whole number of at least 1.")
         if self.image_size is not None and self.image_size < 1:
             raise UsageError(f"image size is {self.image_size}: give the side in pixels, at least 1.")
+        if self.seq is not None and self.seq < 1:
+            raise UsageError(f"seq is {self.seq}: give a whole number of tokens, at least 1.")
+        if self.audio_seconds is not None and not 0 < self.audio_seconds <= _LONGEST_SOUND_S:
+            raise UsageError(f"audio seconds are {self.audio_seconds}: give more than 0, at most {_LONGEST_SOUND_S}.")
+        if self.images < 0:
+            raise UsageError(f"images is {self.images}: give a whole number, 0 for none.")
+        if self.inputs and (self.seq is not None or self.audio_seconds is not None or self.images != 1):
+            raise UsageError("--input gives the shapes: leave --seq, --audio-seconds and --images out.")
         if self.inputs and self.batch != 1:
             raise UsageError("both --batch and --input were given: write the batch size into the shape of --input.")
         if self.inputs and self.image_size is not None:
@@ -46,6 +60,17 @@ class Request:
             raise UsageError(f"device {self.device!r} is none of meta, cpu, cuda.")
         if kind == "cuda" and not torch.cuda.is_available():
             raise UsageError("device cuda was asked for, but torch sees no CUDA device: use --device meta or cpu.")
+
+    def refuse_sizes_of_text(self, target: str) -> None:
+        """Raises UsageError where sizes were given that only Hugging Face models take."""
+        given = {
+            "--seq": self.seq is not None,
+            "--audio-seconds": self.audio_seconds is not None,
+            "--images": self.images != 1,
+            "--trust-remote-code": self.trust_remote_code,
+        }
+        for option in (option for option, wanted in given.items() if wanted):
+            raise UsageError(f"{option} is for Hugging Face models; {target} does not take it.")
 
     def tensors(self, device: str) -> tuple[torch.Tensor, ...]:
         """The inputs that the caller described, one tensor each."""

@@ -1,4 +1,4 @@
-"""Read a target: a torchvision name, `timm:NAME` or `file.py:attribute`; suggest the nearest name where none fits."""
+"""Read a target: a torchvision name, `timm:`, `hf:`, a checkpoint, a Python file; suggest a name where none fits."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from flopprof.errors import UnknownTarget, UsageError
-from flopprof.models import exported, pyfile, timm, vision
+from flopprof.errors import UnknownTarget
+from flopprof.models import exported, huggingface, pyfile, timm, vision
 from flopprof.models.inputs import parse_dtype, parse_input
 from flopprof.models.request import Request
 from flopprof.models.workload import Workload
@@ -27,8 +27,18 @@ def load(
     dtype: str | torch.dtype | None = None,
     train: bool = False,
     model_args: Mapping[str, object] | None = None,
+    seq: int | None = None,
+    audio_seconds: float | None = None,
+    images: int = 1,
+    trust_remote_code: bool = False,
 ) -> Workload:
-    """The workload that `target` names: `resnet50`, `timm:NAME`, `path/to/file.py:attribute` or `model.pt2`.
+    """The workload that `target` names.
+
+    `resnet50`, `timm:NAME`, `hf:ORG/NAME[@revision]`, a checkpoint's directory, `path/to/file.py:attribute` or
+    `model.pt2`.
+
+    seq: tokens of text, image placeholders included; of both sides for encoder-decoders. audio_seconds, images: how
+    much a Hugging Face model hears, and sees in each text. trust_remote_code: run the checkpoint's own Python code.
 
     inputs: one shape per positional input (`2x8`, `1x128:int64`) instead of the model's own. device None: meta
     where that works, else CPU. Raises UnknownTarget, UsageError, MissingPackage or ModelFailed.
@@ -41,16 +51,20 @@ def load(
         dtype=parse_dtype(dtype),
         train=train,
         model_args=dict(model_args or {}),
+        seq=seq,
+        audio_seconds=audio_seconds,
+        images=images,
+        trust_remote_code=trust_remote_code,
     )
     request.check()
     kind, _, rest = target.partition(":")
+    if kind in ("hf", "huggingface") and rest:
+        return huggingface.load_hub(rest, request)
+    if huggingface.names_directory(target):
+        return huggingface.load_directory(target, request)
+    request.refuse_sizes_of_text(target)
     if kind == "timm" and rest:
         return timm.load(rest, request) if timm.knows(rest) else _unknown(target)
-    if kind in ("hf", "huggingface"):
-        raise UsageError(
-            f"{target!r} names a Hugging Face model, which this version does not support: "
-            "return the model from a function and give path/to/file.py:function."
-        )
     if exported.names_file(target):
         return exported.load(target, request)
     if pyfile.names_file(target):
@@ -78,6 +92,6 @@ def _unknown(target: str) -> Workload:
     hint = (
         f"did you mean {' or '.join(near)}?"
         if near
-        else "give a torchvision name, timm:NAME or path/to/file.py:function."
+        else "give a torchvision name, timm:NAME, hf:ORG/NAME, a checkpoint's directory or path/to/file.py:function."
     )
     raise UnknownTarget(f"no model is called {target!r}: {hint}")

@@ -17,6 +17,7 @@ from flopprof.counting.graph import Engine
 from flopprof.counting.graph import trace as trace_model
 from flopprof.counting.values import needs_values
 from flopprof.errors import FlopprofError, ModelFailed, UsageError, ValuesUnknown
+from flopprof.models.checkpoint import Checkpoint
 from flopprof.models.inputs import describe_inputs, first_line
 from flopprof.profile import Attention, Profile
 
@@ -30,6 +31,7 @@ class Workload:
     """A model, the inputs it is called with, and how many tokens and samples those hold.
 
     assumptions: what was fixed about work that depends on the weights' values; they are added to the profile's.
+    checkpoint: what the files of a checkpoint store, where its headers were read.
     program: the exported program that the model is made of, where it is one: then its graph is what is counted.
     `on_cpu` rebuilds the same workload with real values; it is set where flopprof itself chose the meta device.
     """
@@ -42,6 +44,7 @@ class Workload:
     tokens: int | None = None
     samples: int | None = None
     assumptions: tuple[str, ...] = ()
+    checkpoint: Checkpoint | None = None
     program: torch.export.ExportedProgram | None = field(default=None, repr=False, compare=False)
     on_cpu: Callable[[], Workload] | None = field(default=None, repr=False, compare=False)
 
@@ -49,6 +52,13 @@ class Workload:
         """Inputs and mode in one line: `input 1x3x224x224 float32, eval`."""
         mode = "exported" if self.program is not None else "train" if self.model.training else "eval"
         return f"input {describe_inputs(self.args, self.kwargs)}, {mode}"
+
+    def stored(self) -> dict[str, str]:
+        """Labelled facts of the checkpoint's files: what they store, and a sentence where the model differs."""
+        if self.checkpoint is None:
+            return {}
+        mismatch = self.checkpoint.mismatch
+        return {"checkpoint": self.checkpoint.describe(), **({"mismatch": mismatch} if mismatch else {})}
 
     def count(
         self,

@@ -38,11 +38,13 @@ def render(
     by: By = "both",
     unit: Unit = "flop",
     sources: Mapping[str, str] | None = None,
+    stored: Mapping[str, str] | None = None,
 ) -> RenderableType:
     """The whole report as one renderable; width, colour and file are its printer's.
 
     heading describes what was run (inputs, mode, device). depth: levels below the root. unit: `flop`, or `mac` for
     multiply-adds everywhere. sources: the text of source lines, for by="line".
+    stored: labelled facts of the checkpoint that the model was built from.
     """
     view = _View(profile, unit, tuple(_phases(profile)))
     title = ", ".join(part for part in (profile.target, heading) if part)
@@ -53,7 +55,7 @@ def render(
         parts += [_operators(view), Text()]
     if by == "line":
         parts += [lines_table(profile, sources, unit=unit), Text()]
-    parts.append(Facts(list(_totals(view))))
+    parts.append(Facts([*_totals(view), *(stored or {}).items()]))
     return Group(*parts)
 
 
