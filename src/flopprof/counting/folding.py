@@ -141,7 +141,7 @@ class Folding:
 
     def _source(self, tensor: torch.Tensor) -> Any:
         """What must be the very same for siblings: a parameter or buffer passed in, a tensor whose values are known."""
-        known = self._counter._sources.known.get(tensor.untyped_storage()._cdata)
+        known = self._counter._sources.of(tensor)
         return known, (id(tensor), tensor._version) if self._valued(tensor) else None
 
     def _match(

@@ -17,7 +17,6 @@ from flopprof.counting.operands import Source
 from flopprof.counting.operators import Entry, entries, learn
 from flopprof.formulas import Cost
 from flopprof.formulas.attention import broadcast, count_pairs
-from flopprof.formulas.recurrent import stack_backward
 from flopprof.formulas.registry import product
 
 _aten = torch.ops.aten
@@ -175,10 +174,13 @@ def sdpa_pairs(queries: int, keys: int) -> tuple[int, int]:
     return seen or 0, everything
 
 
-class _Sized(NamedTuple):
-    """A weight of a recurrence, or one of no elements in its place."""
+class _Segment(NamedTuple):
+    """Rows of a sequence that meet one weight matrix: all, the first step's or the later ones'."""
 
-    shape: Shape
+    weight: int
+    of: str
+    rows: int
+    wants: bool  # the gradient of what the weight is multiplied by
 
 
 class _Recurrence:
@@ -200,33 +202,59 @@ class _Recurrence:
         self.layers, self.bidirectional = int(args[weights + 2]), bool(args[weights + 5])
         self.rows = product(self.x.shape[:-1])
 
-    def matrices(self) -> Iterator[tuple[Factor, list[_Sized]]]:
-        """Each weight matrix, with the weights among which it alone has elements."""
-        for index, weight in enumerate(self.weights):
-            if len(weight.shape) == 2:
-                shapes = [(0,) * len(other.shape) for other in self.weights]
-                shapes[index] = weight.shape
-                yield weight, [_Sized(shape) for shape in shapes]
+    def segments(self) -> Iterator[_Segment]:
+        """What each weight matrix is multiplied by, and where that wants a gradient.
+
+        As autograd runs it step by step: the state before the first step is hx, of the later ones a gradient is wanted
+        whenever one of anything before them is, and of a layer's input whenever one of anything below it is.
+        """
+        first, directions = self.state.shape[-2], 1 + self.bidirectional
+        hx, cx = [*self.wants_state, False][:2]
+        stride, below = len(self.weights) // (self.layers * directions), self.wants_x
+        for layer in range(self.layers):
+            above = below or hx or cx
+            for direction in range(directions):
+                start = (layer * directions + direction) * stride
+                own = [weight.wants for weight in self.weights[start : start + stride]]
+                projected = stride > 2 and len(self.weights[start + stride - 1].shape) == 2
+                gates = below or hx or cx or any(own[:-1] if projected else own)
+                later = gates or any(own)
+                yield _Segment(start, "input", self.rows, below)
+                yield _Segment(start + 1, "hx", first, hx)
+                yield _Segment(start + 1, "states", self.rows - first, later)
+                if projected:
+                    yield _Segment(start + stride - 1, "first", first, gates)
+                    yield _Segment(start + stride - 1, "states", self.rows - first, later)
+                above = above or any(own)
+            below = above
 
 
-def recurrent_forward(step: Step) -> list[Product]:
-    """One product for each weight matrix: every row of the sequences meets it once."""
+def recurrent_forward(step: Step) -> list[tuple[tuple[int, str], Product]]:
+    """Each weight matrix times its rows, and what tells these products apart."""
     read = _Recurrence(step)
-    rows = Factor((read.rows, read.x.shape[-1]), read.x.dtype)
-    return [_of_weight(step, rows, weight, 2 * read.rows * product(weight.shape)) for weight, _alone in read.matrices()]
+    found = []
+    for weight, of, rows, wants in read.segments():
+        factor = read.weights[weight]
+        taken = Factor((rows, factor.shape[-1]), read.x.dtype, wants=wants)
+        found.append(((weight, of), _of_weight(step, taken, factor, 2 * rows * product(factor.shape))))
+    return found
 
 
-def _recurrent(call: _Call) -> Iterator[Product]:
-    """All layers and directions, as autograd runs them without a fused kernel; FLOPs are linear in each weight."""
-    read = _Recurrence(call.step)
+def recurrent_backward(step: Step) -> list[tuple[tuple[int, str], Product]]:
+    """All layers and directions, as autograd runs them without a fused kernel, told apart as the forward's."""
+    read = _Recurrence(step)
+    if not step.live or not any(step.wants):
+        return []
     if read.packed and read.bidirectional:
         raise LookupError("the lengths of packed sequences are not known")
-    hx, cx = [*read.wants_state, False][:2]
-    edges = (read.wants_x, [weight.wants for weight in read.weights], hx, cx)
-    for weight, alone in read.matrices():
-        flops = stack_backward(read.x, read.state, alone, 1 + read.bidirectional, read.layers, (), edges)
+    found = []
+    for weight, of, rows, wants in read.segments():
+        factor = read.weights[weight]
+        flops = 2 * rows * product(factor.shape) * (factor.wants + wants)
         if flops:
-            yield _of_weight(call.step, call.gradient(), weight, flops)
+            gradient = Factor((rows, factor.shape[0]), read.x.dtype)
+            found.append(((weight, of), _of_weight(step, gradient, factor, flops)))
+    return found
 
 
 def _of_weight(step: Step, rows: Factor, weight: Factor, flops: int) -> Product:
@@ -243,7 +271,6 @@ _BACKWARD: dict[str, Callable[[_Call], Iterator[Product]]] = {
     **dict.fromkeys((f"aten::conv{kind}{n}d" for kind in ("", "_transpose") for n in (1, 2, 3)), _convolution),
     **dict.fromkeys(("aten::convolution", "aten::_convolution", "aten::_convolution_mode"), _convolution),
     "aten::scaled_dot_product_attention": _attention,
-    **dict.fromkeys(RECURRENT, _recurrent),
 }
 
 
@@ -251,7 +278,9 @@ def known(step: Step) -> bool:
     """Is the backward of this call worked out here?"""
     if step.entry.name in RECURRENT and 0 not in step.differentiated():
         return False  # of the last states alone: the last steps are not differentiated whole
-    return step.entry.name in _BACKWARD and not (step.entry.complex_inside and step.args[0].is_complex())
+    return step.entry.name in (_BACKWARD.keys() | RECURRENT) and not (
+        step.entry.complex_inside and step.args[0].is_complex()
+    )
 
 
 def backward(step: Step, cost: int | Cost) -> list[Product]:

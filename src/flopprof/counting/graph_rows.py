@@ -10,7 +10,15 @@ import torch
 
 from flopprof.counting.alone import Alone
 from flopprof.counting.gradients import CUTS, FIRST_ONLY, Flow, Severed, Step, Value, tensors_of
-from flopprof.counting.graph_backward import RECURRENT, Factor, Product, backward, known, recurrent_forward
+from flopprof.counting.graph_backward import (
+    RECURRENT,
+    Factor,
+    Product,
+    backward,
+    known,
+    recurrent_backward,
+    recurrent_forward,
+)
 from flopprof.counting.operands import Source
 from flopprof.counting.operators import Kind, is_composite
 from flopprof.counting.tally import dtype_name
@@ -72,6 +80,9 @@ class Rows:
             cost = self._cost(step)
             if cost is None:
                 return
+            if step.entry.name in RECURRENT:
+                self._recurrent(step, differentiated=differentiated)
+                return
             site = self._forward(step, cost)
             if known(step):
                 self._backward(step, cost, site)
@@ -118,10 +129,27 @@ class Rows:
         causal = cost.causal if isinstance(cost, Cost) and cost.causal is not None else full
         results = tuple((tuple(out.shape), out.dtype) for out in tensors_of(step.out))
         product = Product(step.entry, (), results, full, causal, isinstance(cost, Cost) and cost.mask_known)
-        if step.entry.name in RECURRENT:
-            sites = [self._add(_row(step, "forward", one), step.times, sited=True) for one in recurrent_forward(step)]
-            return sites[0]
         return self._add(_row(step, "forward", product, factors), step.times, sited=True)
+
+    def _recurrent(self, step: Step, *, differentiated: bool) -> None:
+        """One row for each weight matrix and kind of steps; a backward not worked out here is joined to all of them."""
+        here = known(step)
+        shared = "" if here else self._site(step.frame.fqn)
+        sites = {
+            key: self._add(_row(step, "forward", one), step.times, sited=True, site=shared)
+            for key, one in recurrent_forward(step)
+        }
+        if here:
+            try:
+                products = recurrent_backward(step)
+            except LookupError as error:
+                self._not_counted(step, str(error), "backward")
+                products = []
+            for key, one in products:
+                self._add(msgspec.structs.replace(_row(step, "backward", one), joined_to=sites[key]), step.times)
+            self._run_alone(step, light=("forward", "backward"))
+        elif differentiated:
+            self._run_alone(step, heavy=("backward", "recompute"), light=("forward", "backward"), joined_to=shared)
 
     def _backward(self, step: Step, cost: int | Cost, site: str) -> None:
         try:
@@ -133,11 +161,11 @@ class Rows:
             row = _row(step, "backward", product)
             self._add(msgspec.structs.replace(row, joined_to=site), step.times)
 
-    def _add(self, one: OperatorRow, calls: int, *, sited: bool = False) -> str:
-        """So many calls like this one; returns the site where they are one."""
+    def _add(self, one: OperatorRow, calls: int, *, sited: bool = False, site: str = "") -> str:
+        """So many calls like this one; returns the site where they are one: `site`, if none is known of them."""
         row = self._operators.get(one)
         if row is None:
-            row = self._operators[one] = _Row(self._site(one.fqn) if sited else "")
+            row = self._operators[one] = _Row(site or self._site(one.fqn) if sited else "")
         row.calls += calls
         return row.site
 

@@ -33,7 +33,13 @@ PRODUCT_NODES = frozenset({"MvBackward0", "DotBackward0", "VdotBackward0", "Addm
 _COPIES = frozenset({"aten::_to_copy", "aten::clone", "aten::contiguous", "aten::copy", "aten::cat", "aten::stack"})
 # The same among elementwise ones: a masked, scaled, normalised or merged parameter is the parameter still.
 _REFORMS = frozenset(
-    {"aten::_weight_norm_interface", "aten::_weight_norm", "aten::mul", "aten::div", "aten::where", "aten::masked_fill"}
+    f"aten::{name}"
+    for name in (
+        *("_weight_norm_interface", "_weight_norm", "linalg_vector_norm", "norm", "sum", "mean", "var_mean", "std"),
+        *("mul", "div", "add", "sub", "neg", "reciprocal", "pow", "sqrt", "rsqrt", "abs", "sign", "round", "where"),
+        *("masked_fill", "clamp", "clamp_min", "native_batch_norm", "_native_batch_norm_legit", "batch_norm"),
+        "_batch_norm_impl_index",
+    )
 )
 
 

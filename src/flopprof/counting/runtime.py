@@ -163,6 +163,8 @@ class FlopCounter(TorchDispatchMode):
                     self._sources.derive(args, out)
             else:
                 frame, phase = self.where.backward(node)
+                if entry.derives and phase == "recompute":  # as it did when it was not yet a replay
+                    self._sources.derive(args, out)
                 if entry.product and node.name() in PRODUCT_NODES and isinstance(args[1], _Tensor):
                     signed = self.identify(entry, args, kwargs)
                     self._count(entry, frame, phase, signed, args, kwargs, out, 2 * out.numel())
@@ -212,7 +214,7 @@ class FlopCounter(TorchDispatchMode):
         """
         graded = _grad_enabled()
         wanted = wants = False
-        if not kwargs:
+        if not kwargs and not self._sources.shared:
             known = self._sources.known
             identity: list[Any] = []
             try:  # the usual call: dense tensors by position
@@ -330,7 +332,7 @@ class FlopCounter(TorchDispatchMode):
             frame.output_shape = first_shape(output)
         if seen == self.seen and self.unseen.produced is None and not passed_through(inputs, output):
             made = storages(output)
-            if made and not made <= storages(inputs) and made.isdisjoint(self._sources.known):
+            if made and not made <= storages(inputs) and self._sources.apart(made):
                 module = frame.module() if frame.module is not None else None
                 if module is None or not made <= storages([dict(vars(part)) for part in module.modules()]):
                     self._uncounted(frame.cls, frame, self.where.now()[1], inputs, OUTSIDE)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import msgspec
 
@@ -12,6 +13,12 @@ from flopprof.profile import Operand, OperatorRow, Profile
 # FLOPs in the profile's attention convention, over every pair, over the visible pairs.
 Amount = tuple[int, int, int]
 _NONE: Amount = (0, 0, 0)
+
+# One layer of a recurrence, in one direction: x, w_ih, w_hh, two biases, hx, cx.
+_LAYERS = frozenset({"aten::mkldnn_rnn_layer"})
+_HX, _CX = 5, 6
+# Distances by one product of widened factors, whose gradients are products of the plain ones, and always both.
+_NOT_TWICE = frozenset({"aten::_euclidean_dist"})
 
 
 class Joint(msgspec.Struct, frozen=True, kw_only=True):
@@ -47,27 +54,25 @@ def joints(profile: Profile) -> tuple[Joint, ...]:
     for row in profile.operators:
         if row.phase == "recompute" and row.site and not row.joined_to:
             replays[_likeness(row)].append(row)
-    groups: dict[str, list[tuple[OperatorRow, list[OperatorRow]]]] = defaultdict(list)
+    groups: dict[tuple[object, ...], list[OperatorRow]] = defaultdict(list)
     for number, row in enumerate(profile.operators):
         if row.phase == "forward":
-            recorded = any(row.gradients_wanted)
-            groups[row.site or f"{row.fqn}:{number}"].append((row, [] if recorded else replays.get(_likeness(row), [])))
-    return tuple(_joint(site, rows, computed, trainable) for site, rows in groups.items())
+            likeness = None if any(row.gradients_wanted) else _likeness(row)
+            # Rows that a replay does not tell apart (of two lines, say) share what is joined to their replays.
+            shared = likeness if likeness in replays else None
+            groups[shared or (row.site or f"{row.fqn}:{number}",)].append(row)
+    return tuple(_joint(rows, replays.get(key, []), computed, trainable) for key, rows in groups.items())
 
 
 def _joint(
-    site: str,
-    rows: list[tuple[OperatorRow, list[OperatorRow]]],
-    computed: dict[str, Amount],
-    trainable: dict[str, bool],
+    rows: list[OperatorRow], replays: list[OperatorRow], computed: dict[str, Amount], trainable: dict[str, bool]
 ) -> Joint:
-    parts, sites = [], [site]
-    for row, replayed in rows:
-        done = sum(replay.calls for replay in replayed)
-        parts += replayed
-        sites += [replay.site for replay in replayed]
-        if done < row.calls:
-            parts.append(_calls(row, row.calls - done))
+    sites = [row.site for row in (*rows, *replays)]
+    calls = sum(row.calls for row in rows)
+    # A checkpoint within one is replayed twice, and differentiated once.
+    parts = _first(replays, calls)
+    done = sum(part.calls for part in parts)
+    parts += _first(rows, calls - done)
     total = _sum(computed.get(each, _NONE) for each in dict.fromkeys(sites))
     missing: dict[str, Amount] = {}
     wanted = _sum(_wishes(part, trainable, missing) for part in parts if _splits(part))
@@ -78,13 +83,12 @@ def _joint(
         reason = _reason_of_whole(whole, any(found))
         missing[reason] = _sum((missing.get(reason, _NONE), _less(twice, found)))
         wanted = _sum((wanted, found))
-    first = rows[0][0]
     return Joint(
         sites=tuple(dict.fromkeys(sites)),
-        name=first.parameter or first.fqn,
-        op=first.op,
-        calls=sum(row.calls for row, _replayed in rows),
-        forward=_sum(_amount(row) for row, _replayed in rows),
+        name=rows[0].parameter or rows[0].fqn,
+        op=rows[0].op,
+        calls=calls,
+        forward=_sum(_amount(row) for row in rows),
         wanted=wanted,
         computed=total,
         missing={reason: amount for reason, amount in missing.items() if any(amount)},
@@ -104,9 +108,11 @@ def _wishes(row: OperatorRow, trainable: dict[str, bool], missing: dict[str, Amo
 
 
 def _splits(row: OperatorRow) -> bool:
-    """Do its shapes tell what each gradient costs? Of one product, and of attention; not of recurrent layers."""
+    """Do its shapes tell what each gradient costs? Of one product, of attention and of one recurrent layer."""
     factors = sum(operand.factor for operand in row.operands)
-    return factors == 2 or (factors == 3 and ("attention" in row.op or "attn" in row.op))
+    if factors == 3 or row.op in _LAYERS:
+        return "attention" in row.op or "attn" in row.op or (row.op in _LAYERS and len(row.operands) > _CX)
+    return factors == 2 and row.op not in _NOT_TWICE
 
 
 def _reason_of_whole(rows: list[OperatorRow], computed: bool) -> str:
@@ -131,6 +137,8 @@ def _reason(row: OperatorRow, operand: Operand, recorded: bool, trainable: dict[
 
 def _gradients(row: OperatorRow) -> Iterable[tuple[Operand, bool, Amount]]:
     """Of each factor: whether its gradient is wanted, and what that costs; in sum 2 x forward."""
+    if row.op in _LAYERS:
+        return tuple(_of_layer(row))
     factors, whole = [operand for operand in row.operands if operand.factor], _amount(row)
     if len(factors) == 2:
         return tuple((factor, factor.requires_grad, whole) for factor in factors)
@@ -146,6 +154,35 @@ def _gradients(row: OperatorRow) -> Iterable[tuple[Operand, bool, Amount]]:
         (key, query.requires_grad or key.requires_grad, mixed),
         (value, value.requires_grad, mixed),
     )
+
+
+def _of_layer(row: OperatorRow) -> Iterator[tuple[Operand, bool, Amount]]:
+    """The first step's state is hx; a gradient of the later ones is wanted wherever one of anything before them is."""
+    x, w_ih, w_hh = row.operands[:3]
+    first = math.prod(row.operands[_HX].shape[:-1])
+    rows = max(math.prod(x.shape[:-1]), 1)
+    each = math.prod(w_ih.shape) + math.prod(w_hh.shape)
+
+    def share(weight: Operand, of: int) -> Amount:
+        flops, full, causal = (amount * math.prod(weight.shape) * of // (each * rows) for amount in _amount(row))
+        return flops, full, causal
+
+    yield w_ih, w_ih.requires_grad, share(w_ih, rows)
+    yield x, x.requires_grad, share(w_ih, rows)
+    yield w_hh, w_hh.requires_grad, share(w_hh, rows)
+    yield row.operands[_HX], row.operands[_HX].requires_grad, share(w_hh, first)
+    yield x, any(row.gradients_wanted), share(w_hh, rows - first)
+
+
+def _first(rows: Iterable[OperatorRow], calls: int) -> list[OperatorRow]:
+    """The rows of so many calls, the first ones first."""
+    found = []
+    for row in rows:
+        taken = min(calls, row.calls)
+        if taken:
+            found.append(_calls(row, taken))
+            calls -= taken
+    return found
 
 
 def _calls(row: OperatorRow, calls: int) -> OperatorRow:

@@ -25,7 +25,7 @@ _SENTENCES = {
     "never_multiplied": "Parameters that are looked up or added, never multiplied: embeddings, biases, norms.",
     "under_use": "Parameters multiplied less than once per {unit}: idle experts, heads on some of the tokens.",
     "reuse": "Parameters multiplied more than once per {unit}: convolutions, shared layers, several token streams.",
-    "activation_x_activation": "Products of two activations, such as QK^T and PV: no parameter takes part.",
+    "activation_x_activation": "Products of two activations, such as QK^T and PV, or with computed weights.",
     "buffer_x_activation": "Products with a buffer, which is no parameter.",
     "no_graph": "Forward work that autograd did not record: no gradient of it is wanted.",
     "no_input_gradient": "Inputs of a layer that want no gradient, as the first layer's.",
@@ -33,9 +33,9 @@ _SENTENCES = {
     "frozen_activations": "Factors of a product of two activations that want no gradient.",
     "unreached": "Gradients that autograd could have computed, in a branch or for an input that was not asked for.",
     "repeated": "Gradients computed more than once: several backward passes over one forward.",
-    "not_bilinear": "Operators of three factors, whose gradients do not cost twice the forward.",
+    "not_bilinear": "Operators whose gradients do not cost twice the forward: of three factors, and distances.",
     "higher_order": "Gradients of gradients.",
-    "unjoined": "Backward work whose forward was not seen, or ran inside a custom autograd function.",
+    "unjoined": "Backward work whose forward has no count or was not seen: custom functions, control flow, torch.func.",
     "kernel_recompute": "Scores that a fused attention kernel computes again in its backward.",
     "checkpoint_recompute": "Forward work that activation checkpointing runs again.",
     "optimizer": "Matrix products inside the optimizer's step.",
@@ -142,15 +142,17 @@ def reconcile(profile: Profile, tokens: int | None = None) -> Ledger:
     known, and where the profile does not say what its operators multiply (one that was written before it could).
     """
     unit, count = _tokens(profile, tokens)
-    if profile.n_params and not profile.parameters:
+    if any(row.phase == "forward" and not row.site for row in profile.operators):
         raise UsageError("this profile has no list of parameters: count the model again with this version of flopprof.")
     forward = [row for row in profile.operators if row.phase == "forward"]
     uses, groups = _uses(forward, profile, count)
     entries = [*_parameter_entries(groups, count), *_other_entries(forward)]
     unlisted = profile.n_params - sum(parameter.numel for parameter in profile.parameters)
-    if unlisted:
-        entries.append(("never_multiplied", Item("packed weights", *(-two_n(unlisted, count),) * 3)))
+    packed = sum(row.flops for row in forward if _is_packed(row))
+    if unlisted or packed:
+        entries.append(_packed(packed, two_n(unlisted, count)))
     found = joints(profile)
+    multiplications = [*((use.n, use.forward_flops) for use in uses), (unlisted, packed)]
     return Ledger(
         measured="forward FLOPs",
         estimate="2 N T",
@@ -160,7 +162,7 @@ def reconcile(profile: Profile, tokens: int | None = None) -> Ledger:
         unit=unit,
         tokens=count,
         n_params=profile.n_params,
-        n_params_active=sum(min(use.n, use.forward_flops // (2 * count)) for use in uses),
+        n_params_active=sum(min(n, flops // (2 * count)) for n, flops in multiplications),
         parameters=tuple(uses),
         joints=found,
         backward=_backward(profile, found),
@@ -188,6 +190,16 @@ class _Group(msgspec.Struct):
     full: int = 0
     causal: int = 0
     flops: int = 0
+    recurrent: bool = False
+
+    def vectors(self) -> list[ParameterRow]:
+        """The biases, which a recurrent layer takes among its weights and never multiplies."""
+        return [member for member in self.parameters if self.recurrent and len(member.shape) == 1]
+
+    def matrices(self) -> list[ParameterRow]:
+        """The others."""
+        vectors = self.vectors()
+        return [member for member in self.parameters if member not in vectors]
 
 
 def _uses(forward: Iterable[OperatorRow], profile: Profile, tokens: int) -> tuple[list[ParameterUse], list[_Group]]:
@@ -206,15 +218,17 @@ def _uses(forward: Iterable[OperatorRow], profile: Profile, tokens: int) -> tupl
                 first.flops += other.flops
                 first.full += other.full
                 first.causal += other.causal
+                first.recurrent = first.recurrent or other.recurrent
                 for parameter in other.parameters:
                     group_of[parameter.name] = first
+        first.recurrent = first.recurrent or sum(operand.factor for operand in row.operands) > 3
         first.flops += row.flops
         first.full += row.flops_full
         first.causal += row.flops_causal
     uses = []
     for name, parameter in known.items():
         group = group_of[name]
-        matrices = [member for member in group.parameters if len(member.shape) > 1] or group.parameters
+        matrices = group.matrices()
         share = sum(member.numel for member in matrices)
         flops = group.flops * parameter.numel // share if parameter in matrices else 0
         uses.append(
@@ -238,24 +252,32 @@ def multiplied(row: OperatorRow) -> list[str]:
 
 def _parameter_entries(groups: Iterable[_Group], tokens: int) -> Iterator[tuple[str, Item]]:
     for group in groups:
-        name = _common(parameter.name for parameter in group.parameters)
+        name = _common(parameter.name for parameter in group.matrices())
         once = two_n(sum(parameter.numel for parameter in group.parameters), tokens)
         if not group.full:
             yield "never_multiplied", Item(name, -once, -once, -once)
             continue
-        # Of recurrent weights the biases are in the group, and never multiplied.
-        vectors = [p for p in group.parameters if len(p.shape) == 1] if len(group.parameters) > 1 else []
-        for vector in vectors:
+        for vector in group.vectors():
             yield "never_multiplied", Item(vector.name, *(-two_n(vector.numel, tokens),) * 3)
-        once -= sum(two_n(vector.numel, tokens) for vector in vectors)
+            once -= two_n(vector.numel, tokens)
         if group.flops != once:
             term = "reuse" if group.flops > once else "under_use"
             yield term, Item(name, group.flops - once, group.full - once, group.causal - once)
 
 
+def _packed(flops: int, once: int) -> tuple[str, Item]:
+    """Weights that a quantised operator holds packed: no tensor, no name of their own."""
+    term = "never_multiplied" if not flops else "reuse" if flops > once else "under_use"
+    return term, Item("packed weights", *(flops - once,) * 3)
+
+
+def _is_packed(row: OperatorRow) -> bool:
+    return row.op.startswith("quantized::") and sum(operand.factor for operand in row.operands) == 1
+
+
 def _other_entries(forward: Iterable[OperatorRow]) -> Iterator[tuple[str, Item]]:
     for row in forward:
-        if not multiplied(row):
+        if not multiplied(row) and not _is_packed(row):
             buffers = [o.name for o in row.operands if o.factor and o.kind == "buffer"]
             term = "buffer_x_activation" if buffers else "activation_x_activation"
             yield term, Item(buffers[0] if buffers else row.fqn, row.flops, row.flops_full, row.flops_causal)
@@ -287,9 +309,10 @@ def _backward(profile: Profile, found: Iterable[Joint]) -> Ledger | None:
         if any(beyond):
             entries.append(("repeated" if beyond[0] > 0 else "unreached", Item(joint.name, *beyond)))
     sites = {site for joint in found for site in joint.sites}
+    again = {row.site for row in profile.operators if row.phase == "backward" and row.site}
     for row in profile.operators:
         if row.phase == "backward" and row.joined_to not in sites:
-            term = "higher_order" if row.joined_to else "unjoined"
+            term = "higher_order" if row.joined_to in again else "unjoined"
             entries.append((term, Item(row.fqn, row.flops, row.flops_full, row.flops_causal)))
     return Ledger(
         measured="backward FLOPs",
