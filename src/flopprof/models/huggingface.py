@@ -51,6 +51,13 @@ def load_hub(name: str, request: Request) -> Workload:
     return _load(f"hf:{name}", file.parent, facts, stored, request)
 
 
+def load_config(name: str, facts: Mapping[str, Any], request: Request) -> Workload:
+    """The model that the fields of a config.json describe; `name` is what it is called in reports and errors."""
+    with _alone(trusted=False):
+        found = architecture(facts, name)
+    return _on(request.device or "meta", name, found, None, facts, request)
+
+
 def _load(target: str, folder: Path, facts: Mapping[str, Any], stored: Stored | None, request: Request) -> Workload:
     with _alone(trusted=request.trust_remote_code):
         if request.trust_remote_code and "auto_map" in facts:

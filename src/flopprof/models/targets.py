@@ -1,4 +1,4 @@
-"""Read a target: a torchvision name, `timm:`, `hf:`, a checkpoint, a Python file; suggest a name where none fits."""
+"""Read a target: a bare name, `timm:`, `hf:`, a checkpoint, a Python file; suggest a name where none fits."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from flopprof.errors import UnknownTarget
-from flopprof.models import exported, huggingface, pyfile, timm, vision
+from flopprof.models import catalogue, exported, huggingface, pyfile, timm, vision
 from flopprof.models.inputs import parse_dtype, parse_input
 from flopprof.models.request import Request
 from flopprof.models.workload import Workload
@@ -34,8 +34,8 @@ def load(
 ) -> Workload:
     """The workload that `target` names.
 
-    `resnet50`, `timm:NAME`, `hf:ORG/NAME[@revision]`, a checkpoint's directory, `path/to/file.py:attribute` or
-    `model.pt2`.
+    `resnet50`, `llama-3.1-8b` (what `flopprof models` lists), `timm:NAME`, `hf:ORG/NAME[@revision]`, a checkpoint's
+    directory, `path/to/file.py:attribute` or `model.pt2`.
 
     seq: tokens of text, image placeholders included; of both sides for encoder-decoders. audio_seconds, images: how
     much a Hugging Face model hears, and sees in each text. trust_remote_code: run the checkpoint's own Python code.
@@ -62,6 +62,8 @@ def load(
         return huggingface.load_hub(rest, request)
     if huggingface.names_directory(target):
         return huggingface.load_directory(target, request)
+    if catalogue.knows(target):
+        return catalogue.load(target, request)
     request.refuse_sizes_of_text(target)
     if kind == "timm" and rest:
         return timm.load(rest, request) if timm.knows(rest) else _unknown(target)
@@ -78,10 +80,10 @@ def suggestions(target: str, limit: int = 3) -> list[str]:
     """The known targets nearest to a misspelt one, best first."""
     query = target.lower().removeprefix("timm:")
     timm_names = {name: f"timm:{name}" for name in timm.names()}
-    vision_names = {} if query != target.lower() else {name: name for name in vision.names()}
+    bare = {} if query != target.lower() else {name: name for name in [*vision.names(), *catalogue.entries()]}
     scored = [
         (difflib.SequenceMatcher(None, query, name).ratio() - handicap * (name != query), shown[name])
-        for handicap, shown in ((0.0, vision_names), (_TIMM_HANDICAP, timm_names))
+        for handicap, shown in ((0.0, bare), (_TIMM_HANDICAP, timm_names))
         for name in difflib.get_close_matches(query, shown, n=limit)
     ]
     return [shown for _, shown in sorted(scored, key=lambda item: item[0], reverse=True)[:limit]]
@@ -92,6 +94,7 @@ def _unknown(target: str) -> Workload:
     hint = (
         f"did you mean {' or '.join(near)}?"
         if near
-        else "give a torchvision name, timm:NAME, hf:ORG/NAME, a checkpoint's directory or path/to/file.py:function."
+        else "give a torchvision name, one that flopprof models lists, timm:NAME, hf:ORG/NAME, a checkpoint's directory "
+        "or path/to/file.py:function."
     )
     raise UnknownTarget(f"no model is called {target!r}: {hint}")
