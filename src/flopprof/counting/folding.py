@@ -180,6 +180,7 @@ class Folding:
             return match.outcome.again(call, signature.tensors, own, self._nothing)
         finally:
             where.leave(entered)
+            entered[2].module = None  # its row will be its template's: its parameters need not be added up
             self._counter.seen += 1  # the module around it has not come by its output from nowhere
 
     def _record(  # noqa: PLR0915 - one call's before, run and after
