@@ -98,12 +98,13 @@ class ModuleRow(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ParameterRow(msgspec.Struct, frozen=True, kw_only=True):
-    """One parameter under its first name; tied ones once."""
+    """One parameter under its first name; tied ones once. embedding: an nn.Embedding has it (a head may too)."""
 
     name: str
     shape: tuple[int, ...]
     dtype: str = "float32"
     trainable: bool = True
+    embedding: bool = False
 
     @property
     def numel(self) -> int:

@@ -266,6 +266,8 @@ def _modules(frames: Iterable[Frame], model: torch.nn.Module | None) -> list[tup
 def _unique_parameters(modules: Iterable[tuple[str, torch.nn.Module]]) -> tuple[ParameterRow, ...]:
     """Tied ones once; those that are not initialised yet have no shape, and no row."""
     unique: dict[int, ParameterRow] = {}
+    modules = list(modules)
+    looked_up = {id(module.weight) for _fqn, module in modules if isinstance(module, torch.nn.Embedding)}
     for fqn, module in modules:
         for key, parameter in module._parameters.items():
             if parameter is not None and id(parameter) not in unique and _numel(parameter):
@@ -274,6 +276,7 @@ def _unique_parameters(modules: Iterable[tuple[str, torch.nn.Module]]) -> tuple[
                     shape=tuple(parameter.shape),
                     dtype=dtype_name(parameter.dtype),
                     trainable=parameter.requires_grad,
+                    embedding=id(parameter) in looked_up,
                 )
     return tuple(unique.values())
 

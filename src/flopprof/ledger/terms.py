@@ -204,7 +204,6 @@ class _Group(msgspec.Struct):
 
 def _uses(forward: Iterable[OperatorRow], profile: Profile, tokens: int) -> tuple[list[ParameterUse], list[_Group]]:
     known = {parameter.name: parameter for parameter in profile.parameters}
-    classes = {row.fqn: row.cls for row in profile.modules}
     group_of = {name: _Group([parameter]) for name, parameter in known.items()}
     for row in forward:
         names = [name for name in multiplied(row) if name in known]
@@ -236,7 +235,7 @@ def _uses(forward: Iterable[OperatorRow], profile: Profile, tokens: int) -> tupl
                 name=name,
                 n=parameter.numel,
                 trainable=parameter.trainable,
-                embedding=classes.get(name.rpartition(".")[0], "").endswith("Embedding"),
+                embedding=parameter.embedding,
                 forward_flops=flops,
                 reuse=flops / two_n(parameter.numel, tokens),
             )

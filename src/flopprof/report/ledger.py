@@ -102,15 +102,23 @@ def _others(ledger: Ledger) -> Iterator[tuple[str, str]]:
     # The largest holds the tokens; a tied one is multiplied as the head.
     untied = embeddings[0].n if embeddings and not embeddings[0].forward_flops else 0
     attention = next(term for term in ledger.terms if term.name == "activation_x_activation")
-    yield (
-        "HF Trainer",
-        f"{format_flops(6 * (n - every) * tokens)} as total_flos: 6 (N - embeddings) T, no attention",
-    )
-    palm = 6 * n * tokens + 3 * attention.flops_full
-    yield "nanoGPT, PaLM", f"{format_flops(palm)}: 6 N T + 3 x full attention; nanoGPT leaves position embeddings out"
-    titan = 6 * (n - untied) * tokens + 3 * attention.flops_full
-    yield "torchtitan", f"{format_flops(titan)}: 6 (N - untied embeddings) T + 3 x full attention"
+    if ledger.unit == "token":  # these are formulas for tokens
+        trainer = 6 * (n - every) * tokens
+        yield "HF Trainer", f"{format_flops(trainer)} as total_flos: 6 (N - embeddings) T, no attention"
+        palm = 6 * n * tokens + 3 * attention.flops_full
+        yield (
+            "nanoGPT, PaLM",
+            f"{format_flops(palm)}: 6 N T + 3 x full attention; nanoGPT leaves position embeddings out",
+        )
+        titan = 6 * (n - untied) * tokens + 3 * attention.flops_full
+        yield "torchtitan", f"{format_flops(titan)}: 6 (N - untied embeddings) T + 3 x full attention"
+    yield "FlopCounterMode", f"{format_flops(_full(ledger))} where it knows every operator: recompute is in its total"
+
+
+def _full(ledger: Ledger) -> int:
+    """Everything but the optimizer's step, over every query-key pair, whatever the profile's convention is."""
+    assert ledger.backward is not None
     assert ledger.hardware is not None
-    optimizer = ledger.hardware.term_flops()["optimizer"]
-    total = ledger.hardware.measured_flops - optimizer
-    yield "FlopCounterMode", f"{format_flops(total)} where it knows every operator: recompute is in its total"
+    forward = ledger.estimate_flops + sum(term.flops_full for term in ledger.terms)
+    backward = 2 * forward + sum(term.flops_full for term in ledger.backward.terms)
+    return forward + backward + sum(term.flops_full for term in ledger.hardware.terms if term.name != "optimizer")
