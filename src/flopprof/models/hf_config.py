@@ -146,7 +146,8 @@ def configuration(cls: Any, facts: Mapping[str, Any], where: str) -> Any:
     if dtype == "auto":
         kept = {key: value for key, value in kept.items() if key not in ("dtype", "torch_dtype")}
     try:
-        return cls.from_dict(kept)
+        spell = getattr(cls, "_decode_special_floats", None)  # infinities, which JSON has no word for
+        return cls.from_dict(kept if spell is None else spell(kept))
     except Exception as error:  # each field has checks of its own, each with its own exception
         raise InvalidCheckpoint(
             f"{where} is refused by {cls.__name__}: {type(error).__name__}: {reason(error)}"

@@ -30,6 +30,8 @@ from flopprof.models.safetensors_headers import (
     read_small,
 )
 
+_PATIENCE_S = 10.0
+
 
 @dataclass(frozen=True)
 class Repository:
@@ -52,24 +54,37 @@ class Repository:
         return cls(name, revision or None)
 
     def fetch(self, file: str) -> Path:
-        """A small file of the repository, from the cache or the hub."""
+        """A small file of the repository, from the hub; from the cache where the hub cannot be reached."""
+        hub = _hub()
+        try:
+            with self._explained(file):
+                commit = self._asked().sha
+        except HubUnreachable:
+            cached = hub.try_to_load_from_cache(self.name, file, revision=self.revision)
+            if not isinstance(cached, str):
+                raise
+            return Path(cached)
         with self._explained(file):
-            return Path(_hub().hf_hub_download(self.name, file, revision=self.revision))
+            return Path(hub.hf_hub_download(self.name, file, revision=commit))
+
+    def _asked(self) -> Any:
+        """The hub's description of the revision: its commit and its files. Asked once, without retries."""
+        hub = _hub()
+        if hub.constants.HF_HUB_OFFLINE:
+            raise hub.errors.OfflineModeIsEnabled("offline mode is on")
+        return hub.HfApi().model_info(self.name, revision=self.revision, timeout=_PATIENCE_S)
 
     def headers(self) -> Stored | None:
         """What the safetensors files store, by range requests; None where there are none, or no way to ask."""
-        hub = _hub()
-        if hub.constants.HF_HUB_OFFLINE:
-            return None
         try:
             with self._explained(SINGLE):
-                single = hub.file_exists(self.name, SINGLE, revision=self.revision)
-                if not single and not hub.file_exists(self.name, INDEX, revision=self.revision):
-                    return None
+                files = {file.rfilename for file in self._asked().siblings or ()}
         except HubUnreachable:
             return None
-        if single:
+        if SINGLE in files:
             return Stored(self._header(SINGLE), 1)
+        if INDEX not in files:
+            return None
         return read_remotely(read_index(read_small(self.fetch(INDEX)), INDEX), self._header, f"{self.name}/{INDEX}")
 
     def _header(self, file: str) -> Mapping[str, StoredTensor]:
@@ -121,7 +136,7 @@ class Repository:
             raise HubUnreachable(f"{file} of {where} could not be fetched: {first_line(error)}") from error
         except Exception as error:
             # The HTTP library's own exceptions: which library depends on huggingface_hub's version.
-            if type(error).__module__.partition(".")[0] not in ("httpx", "httpcore", "requests", "urllib3"):
+            if not type(error).__module__.startswith(("httpx", "httpcore", "requests", "urllib3")):
                 raise
             raise HubUnreachable(f"{file} of {where} could not be fetched: {first_line(error)}") from error
 
@@ -145,6 +160,8 @@ def offline(*, unless: bool = False) -> Iterator[None]:
 
 def _hub() -> Any:
     try:
+        for part in ("constants", "errors", "utils"):
+            importlib.import_module(f"huggingface_hub.{part}")
         return importlib.import_module("huggingface_hub")
     except ModuleNotFoundError as error:
         if error.name != "huggingface_hub":

@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from flopprof.counting.values import carried
+from flopprof.counting.values import carried, needs_values
 from flopprof.errors import FlopprofError, InvalidCheckpoint, ModelFailed
 from flopprof.models import hf_hub
 from flopprof.models.checkpoint import compare
 from flopprof.models.hf_config import CONFIG, Architecture, architecture, load_transformers, read_config, reason
-from flopprof.models.hf_inputs import Inputs, make_inputs
+from flopprof.models.hf_inputs import make_inputs
+from flopprof.models.hf_maker import Inputs
 from flopprof.models.inputs import samples_in, tokens_in
 from flopprof.models.request import Request, undisturbed_random_state
 from flopprof.models.safetensors_headers import Stored, read_directory
@@ -76,7 +77,13 @@ def _on(
             args = request.tensors(device)
             inputs = Inputs({}, tokens_in(args, {}), samples_in(args[0]) or 1)
         else:
-            args, inputs = (), make_inputs(model, request, device)
+            args = ()
+            try:
+                inputs = make_inputs(model, request, device)
+            except ModelFailed as error:
+                if device != "meta" or request.device or not needs_values(error) or _bytes(model) > _MOST_REAL_BYTES:
+                    raise
+                return _on("cpu", target, found, stored, facts, request)
     checkpoint = None if stored is None else compare(stored, model, facts)
     return Workload(
         model=model,

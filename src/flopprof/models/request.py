@@ -45,8 +45,8 @@ class Request:
             raise UsageError(f"image size is {self.image_size}: give the side in pixels, at least 1.")
         if self.seq is not None and self.seq < 1:
             raise UsageError(f"seq is {self.seq}: give a whole number of tokens, at least 1.")
-        if self.audio_seconds is not None and not 0 < self.audio_seconds <= _LONGEST_SOUND_S:
-            raise UsageError(f"audio seconds are {self.audio_seconds}: give more than 0, at most {_LONGEST_SOUND_S}.")
+        if self.audio_seconds is not None and not 0 <= self.audio_seconds <= _LONGEST_SOUND_S:
+            raise UsageError(f"audio seconds are {self.audio_seconds}: give 0 (no sound) to {_LONGEST_SOUND_S}.")
         if self.images < 0:
             raise UsageError(f"images is {self.images}: give a whole number, 0 for none.")
         if self.inputs and (self.seq is not None or self.audio_seconds is not None or self.images != 1):

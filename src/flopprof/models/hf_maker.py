@@ -1,0 +1,215 @@
+"""What the inputs of a transformers model are made with: the sizes of its config, ids, pixels and sound."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from flopprof.errors import UsageError
+from flopprof.models.inputs import InputSpec, make_input
+from flopprof.models.request import Request
+
+_TOKENS = 512  # where neither --seq nor the model's positions say less
+_SECONDS = 10.0
+SIDE = 224
+RATE = 16_000  # samples a second, of every speech model
+_MEL_RATE = 100  # frames a second of a mel spectrogram with steps of 10 ms
+_MOST_IDS = 1 << 22  # beyond, ids have no values
+_VISION = (
+    "vision_config",
+    "vision_tower_config",
+    "visual_config",
+    "backbone_config",
+    "image_encoder_config",
+    "encoder",
+)
+TEXT_PARTS = ("text_config", "thinker_config", "llm_config", "decoder", "language_config")
+_SOUND = ("audio_config", "encoder_config", "audio_encoder_config")
+_BINS = ("input_feat_per_channel", "input_feat_size", "feature_size", "input_dim")
+_POSITIONS = re.compile(r"(^|[._])(wpe|pos|positions?|position_embeddings?|embed_positions?|pos_embeddings?)$")
+_OTHER_TOWER = re.compile(r"vision|visual|image|audio|speech|qformer|patch")
+_SPECIAL = re.compile(r"(token|start|end|bos|eos|pad|cls|sep|mask|image|video|audio)_(token_)?(id|ids|index|indices)$")
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Keyword arguments of `forward`, the tokens and samples in them, and what was chosen in making them."""
+
+    kwargs: Mapping[str, Any]
+    tokens: int | None
+    samples: int
+    assumptions: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Maker:
+    """The model, what was asked for, and where the tensors go."""
+
+    model: Any
+    request: Request
+    device: str
+
+    @property
+    def config(self) -> Any:
+        """The model's."""
+        return self.model.config
+
+    @property
+    def text(self) -> Any:
+        """The config of what reads text."""
+        return part(self.config, TEXT_PARTS)
+
+    @property
+    def vision(self) -> Any:
+        """The config of what sees."""
+        return part(self.config, _VISION)
+
+    @property
+    def taken(self) -> Mapping[str, inspect.Parameter]:
+        """What `forward` takes, by name."""
+        return inspect.signature(self.model.forward).parameters
+
+    def floats(self, *shape: int) -> torch.Tensor:
+        """Pixels or sound, in the model's own type."""
+        dtype = next((p.dtype for p in self.model.parameters() if p.is_floating_point()), None)
+        return make_input(InputSpec(shape, dtype), self.device, None)
+
+    def whole(self, values: torch.Tensor) -> torch.Tensor:
+        """Ids and sizes: on meta they stay on the CPU, where the count reads them."""
+        return values if self.device == "meta" else values.to(self.device)
+
+
+def length_of(maker: Maker, least: int = 0) -> int:
+    """--seq, or the usual length where the positions reach so far. Raises UsageError where they do not."""
+    reach = _reach(maker)
+    asked = maker.request.seq
+    if asked is None:
+        wanted = max(_TOKENS, least + 64 if least else 0)
+        return wanted if reach is None else min(wanted, reach)
+    if reach is not None and asked > reach:
+        raise UsageError(f"--seq {asked} is longer than the model's {reach} learned positions.")
+    return asked
+
+
+def _reach(maker: Maker) -> int | None:
+    """The longest text that the tables of positions allow; None where positions are computed.
+
+    On meta nobody notices an index beyond a table, so that the limit must be known.
+    """
+    spoken = maker.model.main_input_name not in ("input_ids", ["input_ids"])
+    limits = [
+        module.num_embeddings
+        - (module.padding_idx + 1 if module.padding_idx is not None else int(getattr(module, "offset", 0)))
+        for name, module in maker.model.named_modules()
+        if isinstance(module, nn.Embedding)
+        and _POSITIONS.search(name)
+        and not _OTHER_TOWER.search(name)
+        and (not spoken or "decoder" in name or "text" in name)
+    ]
+    return min(limits, default=None)
+
+
+def ids(maker: Maker, batch: int, length: int) -> torch.Tensor:
+    """Ids of ordinary words: none of the config's special tokens."""
+    if batch * length > _MOST_IDS:
+        return torch.empty(batch, length, dtype=torch.int64, device=maker.device)
+    try:
+        words = int(maker.model.get_input_embeddings().num_embeddings)
+    except (AttributeError, NotImplementedError):
+        words = int(getattr(maker.text, "vocab_size", 0) or 2)
+    words = min(words, int(getattr(maker.text, "vocab_size", words) or words))
+    special = set(_special(maker.config)) | set(_special(maker.text))
+    ordinary = torch.tensor([word for word in range(min(words, 4096)) if word not in special] or [0])
+    chosen = torch.randint(len(ordinary), (batch, length), generator=torch.Generator().manual_seed(0))
+    return maker.whole(ordinary[chosen])
+
+
+def _special(config: Any) -> Iterator[int]:
+    for name, value in vars(config).items():
+        if _SPECIAL.search(name):
+            values = value if isinstance(value, list | tuple) else [value]
+            yield from (item for item in values if isinstance(item, int))
+
+
+def sides(maker: Maker) -> tuple[int, int]:
+    """(height, width) of every picture."""
+    if maker.request.image_size is not None:
+        return maker.request.image_size, maker.request.image_size
+    native = side(maker.vision)
+    return native if isinstance(native, tuple) else (native, native)
+
+
+def side(vision: Any) -> Any:
+    """The config's picture size, as one number or (height, width)."""
+    for name in ("image_size", "img_size", "input_size", "crop_size"):
+        value = getattr(vision, name, None)
+        if isinstance(value, Mapping):
+            value = [value.get("height"), value.get("width")]
+        if isinstance(value, list | tuple) and len(value) >= 2 and all(isinstance(n, int) for n in value):
+            return (value[-2], value[-1]) if value[-2] != value[-1] else value[-1]
+        if isinstance(value, list | tuple) and len(value) == 1:
+            value = value[0]
+        if isinstance(value, int) and value > 0:
+            return value
+    return SIDE
+
+
+def channels(vision: Any) -> int:
+    """Colours of a picture."""
+    names = ("num_channels", "in_channels", "in_chans", "num_input_channels")
+    return next((value for value in (getattr(vision, name, None) for name in names) if isinstance(value, int)), 3)
+
+
+def part(config: Any, names: tuple[str, ...]) -> Any:
+    """The config of one tower, or the whole where there are none."""
+    for name in names:
+        inner = getattr(config, name, None)
+        if inner is not None and hasattr(inner, "to_dict"):
+            return inner
+    return config
+
+
+def token(config: Any, name: str) -> int | None:
+    """A config's id of a special token; None where it has none."""
+    value = getattr(config, name, None)
+    return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None
+
+
+# --- sound --------------------------------------------------------------------------------------
+def seconds_of(maker: Maker) -> float:
+    """--audio-seconds, or the usual length."""
+    return maker.request.audio_seconds or _SECONDS
+
+
+def spectrogram(maker: Maker) -> tuple[torch.Tensor, int]:
+    """(`input_features`, its frames): (batch, bins, time) in fixed windows as Whisper's; else (batch, time, bins).
+
+    Raises UsageError where the config counts no bins, or the sound is longer than the window.
+    """
+    batch, config = maker.request.batch, maker.config
+    encoder = part(config, _SOUND)
+    seconds = seconds_of(maker)
+    stacked = getattr(encoder, "feature_projection_input_dim", None)
+    bins, window = getattr(encoder, "num_mel_bins", None), getattr(encoder, "max_source_positions", None)
+    single = next((value for value in (getattr(encoder, name, None) for name in _BINS) if isinstance(value, int)), bins)
+    if isinstance(stacked, int):  # pairs of frames side by side
+        frames = round(seconds * _MEL_RATE / 2)
+        return maker.floats(batch, frames, stacked), frames
+    if isinstance(bins, int) and isinstance(window, int) and single is bins:
+        frames = 2 * window  # the stride of the encoder's second convolution
+        if maker.request.audio_seconds is not None and maker.request.audio_seconds * _MEL_RATE > frames:
+            raise UsageError(
+                f"--audio-seconds {maker.request.audio_seconds:g} is longer than the model's window of "
+                f"{frames / _MEL_RATE:g} s: raise --batch, one sample a window."
+            )
+        return maker.floats(batch, bins, frames), frames
+    if isinstance(single, int):
+        frames = max(1, round(seconds * _MEL_RATE))
+        return maker.floats(batch, frames, single), frames
+    raise UsageError(f"the config of {type(maker.model).__name__} counts no mel bins: give --input SHAPE.")

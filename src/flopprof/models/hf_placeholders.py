@@ -1,0 +1,226 @@
+"""Pictures and sound inside text: ids with as many placeholders as the model's own encoder gives features."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from flopprof.counting.values import carried
+from flopprof.errors import FlopprofError, ModelFailed, UsageError
+from flopprof.models.hf_maker import (
+    SIDE,
+    TEXT_PARTS,
+    Inputs,
+    Maker,
+    channels,
+    ids,
+    length_of,
+    part,
+    side,
+    sides,
+    spectrogram,
+    token,
+)
+from flopprof.models.inputs import first_line
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What stands for one picture, or one sound, in a text: ids of which the placeholders are `each` times `mark`."""
+
+    mark: int
+    each: int
+    before: tuple[int, ...]
+    after: tuple[int, ...]
+
+    @property
+    def tokens(self) -> list[int]:
+        return [*self.before, *[self.mark] * self.each, *self.after]
+
+
+def mixed(maker: Maker) -> Inputs | None:
+    """The inputs of a model whose text holds placeholders; None for a model of another kind."""
+    picture, sound = _mark(maker.config, "image"), _mark(maker.config, "audio")
+    sees = picture is not None and "pixel_values" in maker.taken
+    hears = sound is not None and "input_features" in maker.taken
+    if not (sees or hears) or "input_ids" not in maker.taken or "decoder_input_ids" in maker.taken:
+        return None
+    images = maker.request.images if sees else 0
+    kwargs: dict[str, Any] = {}
+    runs: list[_Run] = []
+    notes: list[str] = []
+    if sees and images:
+        given, each = _pictures(maker, maker.request.batch * images)
+        kwargs.update(given)
+        around = [token(maker.config, f"vision_{end}_token_id") for end in ("start", "end")]
+        runs += [_Run(picture or 0, each, *((() if mark is None else (mark,)) for mark in around))] * images
+    if hears and maker.request.audio_seconds != 0 and (not sees or maker.request.audio_seconds is not None):
+        given, each = _sound(maker)
+        kwargs.update(given)
+        runs.append(_Run(sound or 0, each, (), ()))
+    elif hears:
+        notes.append("the text holds no sound, which the model could hear: --audio-seconds gives it some")
+    return _filled(maker, runs, kwargs, picture, tuple(notes))
+
+
+def _filled(
+    maker: Maker, runs: list[_Run], kwargs: dict[str, Any], picture: int | None, notes: tuple[str, ...]
+) -> Inputs:
+    batch = maker.request.batch
+    least = sum(len(run.tokens) + 1 for run in runs)  # a word before each, so that no two pictures are one
+    length = length_of(maker, least)
+    if length < least:
+        raise UsageError(
+            f"{length} tokens do not hold the {least} that the placeholders of {len(runs)} pictures or sounds take: "
+            f"give --seq {least} or more, or fewer --images."
+        )
+    words = ids(maker, batch, length)
+    if words.is_meta:
+        raise UsageError(f"{batch} x {length} tokens are too many to hold placeholders: take a smaller --batch.")
+    at = 0
+    for run in runs:
+        words[:, at + 1 : at + 1 + len(run.tokens)] = torch.tensor(run.tokens, device=words.device)
+        at += 1 + len(run.tokens)
+    kwargs = {"input_ids": words, **kwargs}
+    if picture is not None:
+        seen = (words == picture).to(torch.int64)
+        if "mm_token_type_ids" in maker.taken:
+            kwargs["mm_token_type_ids"] = seen
+        if "token_type_ids" in maker.taken and maker.request.train:
+            kwargs["token_type_ids"] = seen
+    tiles = kwargs.get("aspect_ratio_mask")
+    if tiles is not None:  # every word looks at every tile
+        shape = (batch, length, maker.request.images, tiles.shape[-1])
+        kwargs["cross_attention_mask"] = maker.whole(torch.ones(shape, dtype=torch.int64))
+    return Inputs(kwargs, batch * length, batch, notes)
+
+
+# --- pictures -----------------------------------------------------------------------------------
+def _pictures(maker: Maker, count: int) -> tuple[dict[str, Any], int]:
+    """(the pictures, placeholders for each): the first of the layouts that the model's encoder takes."""
+    if "aspect_ratio_ids" in maker.taken:
+        return _tiles(maker), 1
+    if "image_grid_thw" in maker.taken:
+        layouts: Iterator[dict[str, Any]] = iter([_patches(maker, count)])
+    else:
+        layouts = _layouts(maker, count)
+    problem: Exception | None = None
+    for layout in layouts:
+        try:
+            return layout, _placeholders(maker, "get_image_features", layout, count)
+        except FlopprofError as error:
+            if not isinstance(error, ModelFailed):
+                raise
+            problem = problem or error
+    raise problem or UsageError(f"{type(maker.model).__name__} takes pictures in no known layout: --images 0.")
+
+
+def _layouts(maker: Maker, count: int) -> Iterator[dict[str, Any]]:
+    height, width = sides(maker)
+    one = (channels(maker.vision), height, width)
+    sizes = {"image_sizes": maker.whole(torch.tensor([[height, width]] * count))}
+    grid = getattr(maker.config, "image_grid_pinpoints", None)
+    if grid is not None:  # the whole picture, and the tiles of the best of these grids
+        module = sys.modules.get(type(maker.model).__module__)
+        tiles = getattr(module, "image_size_to_num_patches", None)
+        number = tiles([height, width], grid, height) if tiles is not None else 1
+        yield {"pixel_values": maker.floats(count, number, *one), **sizes}
+        return
+    if "pixel_attention_mask" in maker.taken:
+        yield {"pixel_values": maker.floats(maker.request.batch, maker.request.images, *one)}
+        return
+    yield {"pixel_values": maker.floats(count, *one)}
+    if "image_sizes" in maker.taken:
+        yield {"pixel_values": maker.floats(count, *one), **sizes}
+
+
+def _patches(maker: Maker, count: int) -> dict[str, Any]:
+    """Flattened patches of every picture one after the other, and their grids of (time, height, width)."""
+    vision = maker.vision
+    patch, merge = int(vision.patch_size), int(getattr(vision, "spatial_merge_size", 1))
+    known = maker.request.image_size is not None or side(vision) != SIDE
+    pixels = sides(maker) if known else (2 * SIDE, 2 * SIDE)
+    rows, columns = (max(1, round(pixel / (patch * merge))) * merge for pixel in pixels)
+    width = channels(vision) * int(getattr(vision, "temporal_patch_size", 1)) * patch * patch
+    return {
+        "pixel_values": maker.floats(count * rows * columns, width),
+        "image_grid_thw": maker.whole(torch.tensor([[1, rows, columns]] * count)),
+    }
+
+
+def _tiles(maker: Maker) -> dict[str, Any]:
+    """Pictures that the text looks at from outside: one tile each, of as many as there is room for."""
+    height, width = sides(maker)
+    batch, images = maker.request.batch, maker.request.images
+    room = int(getattr(maker.vision, "max_num_tiles", 1))
+    mask = torch.zeros(batch, images, room, dtype=torch.int64)
+    mask[..., 0] = 1
+    return {
+        "pixel_values": maker.floats(batch, images, room, channels(maker.vision), height, width),
+        "aspect_ratio_ids": maker.whole(torch.ones(batch, images, dtype=torch.int64)),
+        "aspect_ratio_mask": maker.whole(mask),
+    }
+
+
+# --- sound --------------------------------------------------------------------------------------
+def _sound(maker: Maker) -> tuple[dict[str, Any], int]:
+    features, frames = spectrogram(maker)
+    kwargs: dict[str, Any] = {"input_features": features}
+    for name in ("input_features_mask", "feature_attention_mask"):
+        if name in maker.taken:
+            kind = torch.int64 if name == "feature_attention_mask" else torch.bool
+            kwargs[name] = maker.whole(torch.ones(maker.request.batch, frames, dtype=kind))
+    try:
+        return kwargs, _placeholders(maker, "get_audio_features", kwargs, maker.request.batch)
+    except FlopprofError as error:
+        raise UsageError(f"{error} --audio-seconds 0 counts the text alone.") from error
+
+
+# --- how many -----------------------------------------------------------------------------------
+def _placeholders(maker: Maker, method: str, given: Mapping[str, Any], count: int) -> int:
+    """Tokens that one takes: the features that the model's encoder gives, over the width of the text."""
+    encode = getattr(maker.model, method, None) or getattr(getattr(maker.model, "model", None), method, None)
+    width = getattr(part(maker.config, TEXT_PARTS), "hidden_size", None)
+    if encode is None or not isinstance(width, int):
+        raise UsageError(f"{type(maker.model).__name__} does not say how many tokens a picture or sound takes.")
+    known = inspect.signature(encode).parameters
+    named = [item for item in known.values() if item.kind not in (item.VAR_POSITIONAL, item.VAR_KEYWORD)]
+    taken = {name: value for name, value in given.items() if not named or name in known}
+    try:
+        with torch.no_grad(), carried(lambda _: None):
+            if maker.device == "meta":
+                taken = {name: value.to("meta") for name, value in taken.items()}
+            features = _tensors(encode(**taken))
+    except Exception as error:
+        raise ModelFailed(
+            f"{method} of {type(maker.model).__name__} failed: {type(error).__name__}: {first_line(error)}"
+        ) from error
+    numbers = sum(feature.numel() for feature in features)
+    if not numbers or numbers % (width * count):
+        raise UsageError(f"{type(maker.model).__name__} gives {numbers} features: no whole number of tokens for each.")
+    return numbers // (width * count)
+
+
+def _tensors(output: Any) -> list[torch.Tensor]:
+    found = getattr(output, "pooler_output", None)
+    found = output if found is None else found
+    if isinstance(found, Mapping):
+        found = next(iter(found.values()))
+    if isinstance(found, torch.Tensor):
+        return [found]
+    return [tensor for item in found for tensor in _tensors(item)]
+
+
+def _mark(config: Any, kind: str) -> int | None:
+    """The id of the placeholder for an image or a sound; None where the config names none."""
+    for owner in (config, part(config, TEXT_PARTS)):
+        for name in (f"{kind}_token_id", f"{kind}_token_index"):
+            value = token(owner, name)
+            if value is not None:
+                return value
+    return None
