@@ -1,4 +1,4 @@
-"""Counting with and without folding: the profiles must be equal in every field."""
+"""Counting with and without folding: the profiles must be equal in every field; and stacks of blocks to fold."""
 
 from __future__ import annotations
 
@@ -7,12 +7,15 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils._pytree import tree_map_only
 
 from conservation import conserved
 from flopprof import count
 from flopprof.counting import fold_call
 from flopprof.profile import Profile
+
+N, WIDTH = 6, 4
 
 
 def to_meta(tree: Any) -> Any:
@@ -55,3 +58,50 @@ def assert_equal(folded: Profile, plain: Profile) -> None:
             assert [row for row in theirs if row not in mine] == []
         assert mine == theirs, name
     assert folded == plain
+
+
+class Block(nn.Module):
+    """A residual two-layer block."""
+
+    def __init__(self, index: int = 0, **settings: Any) -> None:
+        super().__init__()
+        self.up, self.act, self.down = nn.Linear(WIDTH, 8), nn.GELU(), nn.Linear(8, WIDTH)
+        for name, value in settings.items():
+            setattr(self, name, value)
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        return x + self.down(self.act(self.up(x)))
+
+
+class Indexed(Block):
+    """A block that knows its place."""
+
+    def __init__(self, index: int, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.layer_idx = index
+
+
+class Stack(nn.Module):
+    """Blocks one after the other, of one class."""
+
+    def __init__(self, kind: Callable[[int], nn.Module] = Block, n: int = N) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(kind(index) for index in range(n))
+
+    def forward(self, x: torch.Tensor) -> Any:
+        x = x * 2  # no leaf, as what every later block gets
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+def stack(kind: Callable[[int], nn.Module] = Block, n: int = N) -> nn.Module:
+    return Stack(kind, n).to("meta")
+
+
+def x(*, wants: bool = True) -> torch.Tensor:
+    return torch.randn(3, WIDTH, device="meta", requires_grad=wants)
+
+
+def blocks(*numbers: int) -> list[str]:
+    return [f"blocks.{number}" for number in numbers]
