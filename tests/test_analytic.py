@@ -334,3 +334,36 @@ def test_what_is_no_transformer() -> None:
 def test_impossible_shapes(sizes: dict[str, Any], sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
         TransformerShape(**{"layers": 2, "d_model": 8, "heads": 2, "vocab": 10, "seq": 4, **sizes})
+
+
+# --- families that a shape describes, and those it does not -----------------------------------------
+SMALL = {"num_hidden_layers": 2}
+HEADED = ("Bert", "Camembert", "Deberta", "DistilBert", "Ernie", "IBert", "MegatronBert", "ModernBert", "NomicBert",
+          "Roberta", "RobertaPreLayerNorm", "XLMRoberta")  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HEADED)
+def test_a_head_with_a_transform_is_in_the_shape(name: str) -> None:
+    """Of these the head is d x d and then the tied embedding: to the last element of every matrix."""
+    config = getattr(transformers, f"{name}Config")(**({"n_layers": 2} if name == "DistilBert" else SMALL))
+    with torch.device("meta"):
+        model = transformers.AutoModelForMaskedLM.from_config(config)
+    matrices = sum(parameter.numel() for parameter in model.parameters() if parameter.dim() > 1)
+    assert TransformerShape.from_config(config, seq=128).n_params == matrices
+
+
+REFUSED = ("Albert", "Bamba", "FalconH1", "Gemma3n", "Jamba", "Mamba2", "Qwen3Next", "RecurrentGemma", "Zamba",
+           "XLNet", "Whisper", "Wav2Vec2")  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_family_that_is_no_such_stack_is_refused(name: str) -> None:
+    """Shared layers, recurrences between attention, convolutions: silently, these would be off by up to a factor."""
+    config = getattr(transformers, f"{name}Config")()
+    with pytest.raises(ValueError, match="TransformerShape"):
+        TransformerShape.from_config(config, seq=128)
+
+
+def test_sizes_without_a_family_are_taken_at_their_word() -> None:
+    sizes = {"hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2, "vocab_size": 100}
+    assert TransformerShape.from_config(sizes, seq=8).n_params == 2 * 12 * 64 * 64 + 100 * 64

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from flopprof.analytic.families import KNOWN, WITH_HEAD_TRANSFORM
+
 _LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 _HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads", "decoder_attention_heads", "encoder_attention_heads")
 _WIDTH = ("hidden_size", "n_embd", "d_model", "dim", "model_dim")
@@ -30,6 +32,7 @@ _COMPUTED_POSITION_FAMILIES = {"bloom", "mpt", "falcon", "t5", "mt5"}
 def sizes_of(config: Any) -> dict[str, Any]:
     """Fields of a TransformerShape, all but `seq`. Raises ValueError, naming what the config does not say."""
     facts = _facts(config)
+    family = facts.get("model_type") or None
     both = bool(facts.get("is_encoder_decoder"))
     d_model, heads = _first(facts, "hidden size", *_WIDTH), _first(facts, "number of attention heads", *_HEADS)
     decoder = ("num_decoder_layers", "decoder_layers") if both else ()
@@ -48,6 +51,12 @@ def sizes_of(config: Any) -> dict[str, Any]:
         "encoder_layers": _first(facts, "number of encoder layers", "encoder_layers", *_LAYERS) if both else 0,
         **_attention(facts, d_model, heads),
     }
+    if family not in KNOWN | WITH_HEAD_TRANSFORM | {None}:
+        raise ValueError(
+            f"the sizes of a {family} model are not known to follow from its config: give TransformerShape(...) yours."
+        )
+    if family in WITH_HEAD_TRANSFORM:
+        found["other_parameters"] = d_model * (d_model + _maybe(facts, "type_vocab_size"))
     return {**found, **_experts(facts, layers)}
 
 

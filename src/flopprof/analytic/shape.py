@@ -23,6 +23,7 @@ class TransformerShape(msgspec.Struct, frozen=True, kw_only=True):
                       d_ff_expert (0: d_ff). dense_layers of the layers have a plain feed-forward instead
     encoder_layers    of an encoder beside the decoder, whose layers then attend to it too
     attention_parameters   of one layer, where they do not follow from the sizes above (latent attention)
+    other_parameters       of matrices beside the layers: a transform before the head, embeddings of token types
     """
 
     layers: int
@@ -45,6 +46,7 @@ class TransformerShape(msgspec.Struct, frozen=True, kw_only=True):
     dense_layers: int = 0
     encoder_layers: int = 0
     attention_parameters: int | None = None
+    other_parameters: int = 0
 
     def __post_init__(self) -> None:
         for name in ("layers", "d_model", "heads", "vocab", "seq"):
@@ -52,6 +54,7 @@ class TransformerShape(msgspec.Struct, frozen=True, kw_only=True):
         for name in (
             *("kv_heads", "d_head", "d_head_value", "d_ff", "positions", "d_embedding", "experts"),
             *("experts_per_token", "shared_experts", "d_ff_expert", "dense_layers", "encoder_layers"),
+            "other_parameters",
         ):
             _require(_whole(getattr(self, name)) and getattr(self, name) >= 0, name, self, "a whole number")
         _require(self.experts_per_token <= self.experts, "experts_per_token", self, "at most the number of experts")
@@ -102,14 +105,15 @@ class TransformerShape(msgspec.Struct, frozen=True, kw_only=True):
             stack += self.encoder_layers * (attention + dense) + self.layers * attention
         embeddings = (self.vocab * (1 if self.tied else 2) + self.positions) * self.d_embedding
         projection = d * self.d_embedding if self.d_embedding != d else 0
-        return stack + embeddings + projection
+        return stack + embeddings + projection + self.other_parameters
 
     @classmethod
     def from_config(cls, config: Any, *, seq: int) -> TransformerShape:
         """The shape that a Hugging Face config (object or mapping) describes, at a sequence length in tokens.
 
-        Of a config with a `text_config`, that one's. Raises ValueError, naming what is missing, where it is none of a
-        transformer.
+        Of a config with a `text_config`, that one's: no vision, no audio. Raises ValueError, naming what is missing,
+        where it is none of a transformer, and for families whose sizes do not follow from their config (families.py);
+        a mapping without a `model_type` is taken at its word.
         """
         return cls(seq=seq, **sizes_of(config))
 
