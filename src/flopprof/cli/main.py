@@ -12,6 +12,7 @@ from typer.core import TyperGroup
 import flopprof
 from flopprof.cli.count import count
 from flopprof.cli.crosscheck import crosscheck
+from flopprof.cli.models import models
 from flopprof.cli.reconcile import reconcile
 from flopprof.errors import FlopprofError
 
@@ -64,6 +65,7 @@ _EXAMPLES = "Examples:\n\nflopprof count resnet50 --backward\n\nflopprof count n
 app.command(epilog=_EXAMPLES)(count)
 app.command(epilog="Example:\n\nflopprof reconcile vit_b_16 --backward --frozen 'encoder.layers.*'")(reconcile)
 app.command(epilog="Example:\n\nflopprof crosscheck resnet50 --backward")(crosscheck)
+app.command(epilog="Example:\n\nflopprof models llama")(models)
 
 
 def main() -> None:

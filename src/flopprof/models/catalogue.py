@@ -7,7 +7,8 @@ import fnmatch
 import functools
 import importlib.resources
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from flopprof.models.request import Request
     from flopprof.models.workload import Workload
 
+Per = Literal["token", "sample"]
 Kind = Literal["decoder", "encoder", "encoder-decoder", "vision", "audio", "image-text"]
 
 _TOKENS = 4096  # what FLOPs per token are told at, where the model's positions reach so far
@@ -25,20 +27,26 @@ _POSITIONS = ("max_position_embeddings", "n_positions")
 
 
 class Counted(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """FLOPs of a forward: of one `per` (a token, an image), counted in a run of so many tokens where it has any."""
+    """FLOPs of one forward of one sample of these sizes, as a run counted them."""
 
     flops: int
-    per: str
     tokens: int | None = None
+    image: int | None = None
+    seconds: float | None = None
 
 
 class Cost(msgspec.Struct, frozen=True, kw_only=True):
-    """Forward FLOPs of one `per`, in a sequence of `tokens`, and whether a closed form or a count says so."""
+    """Forward FLOPs per token in a text of `tokens`, or per sample: an image of that side, so many seconds of sound.
+
+    by: whether a closed form or a count says so.
+    """
 
     flops: int
-    per: str
-    tokens: int | None
+    per: Per
     by: Literal["closed form", "count"]
+    tokens: int | None = None
+    image: int | None = None
+    seconds: float | None = None
 
 
 class Entry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -71,17 +79,24 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         }
 
     def cost(self) -> Cost:
-        """FLOPs of one forward; per token of text, full attention, where the model is one of text."""
-        if self.forward is not None:
-            return Cost(flops=self.forward.flops, per=self.forward.per, tokens=self.forward.tokens, by="count")
-        tokens = self.tokens()
-        shape = TransformerShape.from_config(self.facts(), seq=tokens)
-        return Cost(flops=forward_flops_per_token(shape), per="token", tokens=tokens, by="closed form")
+        """FLOPs of a forward, attention over every pair: per token where there is only text, else per sample."""
+        counted = self.forward
+        if counted is None:
+            tokens = self.tokens()
+            shape = TransformerShape.from_config(self.facts(), seq=tokens)
+            return Cost(flops=forward_flops_per_token(shape), per="token", by="closed form", tokens=tokens)
+        per: Per = "token" if counted.image is None and counted.seconds is None else "sample"
+        flops = counted.flops
+        if per == "token" and counted.tokens is not None:
+            flops = (2 * flops + counted.tokens) // (2 * counted.tokens)
+        return Cost(
+            flops=flops, per=per, by="count", tokens=counted.tokens, image=counted.image, seconds=counted.seconds
+        )
 
     def tokens(self) -> int:
         """The sequence length that the closed form is evaluated at: 4,096 tokens, or as far as the model reaches."""
-        text = self.config.get("text_config", self.config)
-        return min(_TOKENS, *(text[name] for name in _POSITIONS if name in text), _TOKENS)
+        text: dict[str, Any] = self.config.get("text_config", self.config)
+        return min([_TOKENS, *(int(text[name]) for name in _POSITIONS if name in text)])
 
 
 def forward_flops_per_token(shape: TransformerShape) -> int:
@@ -117,9 +132,28 @@ def find(pattern: str | None) -> list[Entry]:
     return [row for row in entries().values() if wanted in f"{row.name}\n{row.family}\n{row.kind}".lower()]
 
 
+def to_json(rows: Sequence[Entry]) -> str:
+    """The rows with everything that the catalogue says of them, and `forward` filled in with how it is known."""
+    listed = [{**msgspec.to_builtins(row), "forward": msgspec.to_builtins(row.cost())} for row in rows]
+    return msgspec.json.format(msgspec.json.encode({"models": listed}), indent=2).decode()
+
+
 def load(name: str, request: Request) -> Workload:
     """The model, built by transformers from its published dimensions. Raises MissingPackage or ModelFailed."""
     from flopprof.models.huggingface import load_config
 
     entry = entries()[name.lower()]
-    return load_config(entry.name, entry.facts(), request)
+    return _with_own_head(entry, load_config(entry.name, entry.facts(), request))
+
+
+def _with_own_head(entry: Entry, workload: Workload) -> Workload:
+    """With an output embedding of its own, where that was published so but transformers ties it (T5 1.1, Flan-T5)."""
+    model: Any = workload.model  # a transformers model, whose accessors torch's own type does not have
+    head = model.get_output_embeddings() if entry.config.get("tie_word_embeddings") is False else None
+    if head is None or head.weight is not model.get_input_embeddings().weight:
+        return workload
+    from torch import nn
+
+    head.weight = nn.Parameter(head.weight.detach().clone())
+    again = workload.on_cpu
+    return replace(workload, on_cpu=None if again is None else lambda: _with_own_head(entry, again()))

@@ -94,7 +94,7 @@ def _unknown(target: str) -> Workload:
     hint = (
         f"did you mean {' or '.join(near)}?"
         if near
-        else "give a torchvision name, one that flopprof models lists, timm:NAME, hf:ORG/NAME, a checkpoint's directory "
+        else "give a torchvision name, one that flopprof models lists, timm:NAME, hf:ORG/NAME, a directory "
         "or path/to/file.py:function."
     )
     raise UnknownTarget(f"no model is called {target!r}: {hint}")
