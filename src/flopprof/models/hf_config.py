@@ -22,7 +22,7 @@ from flopprof.models.safetensors_headers import read_small
 
 CONFIG = "config.json"
 _MOST_BYTES = 10_000_000  # labels of 21,000 classes take 1 MB
-_MOST_ITEMS = 1_000_000
+_MOST_ITEMS = 100_000
 _DEEPEST = 32
 
 # What is built or listed one by one, in Python. Every other size is a dimension, which costs nothing on meta.

@@ -15,7 +15,19 @@ import torch
 from torch import nn
 
 from flopprof.errors import UsageError
-from flopprof.models.hf_maker import RATE, Inputs, Maker, channels, ids, length_of, seconds_of, side, sides, spectrogram
+from flopprof.models.hf_maker import (
+    RATE,
+    Inputs,
+    Maker,
+    channels,
+    ids,
+    length_of,
+    seconds_of,
+    side,
+    sides,
+    spectrogram,
+    token,
+)
 from flopprof.models.hf_placeholders import mixed
 from flopprof.models.request import Request
 
@@ -50,8 +62,8 @@ def _text(maker: Maker) -> Inputs:
     kwargs: dict[str, Any] = {"input_ids": ids(maker, batch, length)}
     both = bool(getattr(maker.config, "is_encoder_decoder", False))
     if both:
-        eos = getattr(maker.config, "eos_token_id", None)
-        if isinstance(eos, int) and kwargs["input_ids"].device.type != "meta":
+        eos = token(maker.config, "eos_token_id")
+        if eos is not None and eos < (token(maker.text, "vocab_size") or 0) and not kwargs["input_ids"].is_meta:
             kwargs["input_ids"][:, -1] = eos  # classifiers read their answer where the text ends
         kwargs.update(_decoder(maker, length))
     if "bbox" in maker.taken:
