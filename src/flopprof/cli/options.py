@@ -13,7 +13,8 @@ Target = Annotated[
     typer.Argument(
         help="A torchvision name (resnet50), one that flopprof models lists (llama-3.1-8b), timm:NAME, "
         "hf:ORG/NAME[@revision] or the directory of a Hugging Face checkpoint (weights are never read), "
-        "path/to/file.py:function_or_class that returns a module, or (module, inputs), or the model.pt2 that torch.export.save wrote.",
+        "path/to/file.py:function_or_class that returns a module, or (module, inputs), or "
+        "the model.pt2 that torch.export.save wrote.",
         metavar="TARGET",
         show_default=False,
     ),
