@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from typing import Any, Literal
 
 import msgspec
@@ -90,3 +91,12 @@ def test_eighty_columns_are_enough() -> None:
     shown = text(reconcile(count(gpt2(), torch.zeros(2, 16, dtype=torch.int64), backward=True), 32), width=80)
     assert max(map(len, shown.splitlines())) <= 80
     assert "\x1b" not in shown
+
+
+def test_json_says_what_follows_too() -> None:
+    ledger = reconcile(count(nn.Linear(4, 5, bias=False), torch.randn(3, 4), backward=True), 3)
+    decoded = json.loads(ledger.to_json())
+    # Twice the forward would be the backward; the input of the only layer wants no gradient.
+    assert (decoded["residual"], decoded["model_flops"], decoded["factor"]) == (0, 2 * 2 * 3 * 20, 4)
+    empty = reconcile(count(nn.ReLU(), torch.randn(3, 4)), 3)
+    assert json.loads(empty.to_json())["factor"] is None

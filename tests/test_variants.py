@@ -8,7 +8,7 @@ from torch import nn
 
 from flopprof import count
 from flopprof.errors import UsageError
-from flopprof.models.variants import LoraLinear, add_lora, checkpoint_blocks, freeze
+from flopprof.models.variants import Checkpointing, LoraLinear, add_lora, checkpoint_blocks, freeze
 
 
 class Block(nn.Module):
@@ -105,3 +105,39 @@ def test_what_matches_nothing_is_said() -> None:
         add_lora(Net(), 0, "*")
     with pytest.raises(UsageError, match="no repeated blocks"):
         checkpoint_blocks(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), "reentrant")
+
+
+@pytest.mark.parametrize("kind", ["reentrant", "non-reentrant"])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_blocks_called_by_keyword_are_differentiated(kind: Checkpointing, frozen: bool) -> None:
+    """Three blocks of 4 -> 4 given x and a mask by name; frozen, the layer before them wants no gradient."""
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(4, 4, bias=False)
+
+        def forward(self, *, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+            assert not mask.requires_grad
+            return torch.tanh(self.inner(x)) * mask
+
+    class Stack(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.blocks = nn.Linear(4, 4, bias=False), nn.ModuleList(Block() for _ in range(3))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.first(x)
+            for block in self.blocks:
+                x = block(x=x, mask=torch.ones(4))
+            return x
+
+    model = Stack()
+    if frozen:
+        freeze(model, "first")
+    checkpoint_blocks(model, kind)
+    profile = count(model, torch.randn(3, 4), backward=True)
+    each = 2 * 3 * 16
+    # Of the first block's input the reentrant kind computes a gradient that nobody below it wants.
+    blocks = 6 * each - (each if frozen and kind == "non-reentrant" else 0)
+    assert profile.backward_flops == blocks + (0 if frozen else each)

@@ -131,8 +131,9 @@ class Ledger(msgspec.Struct, frozen=True, kw_only=True):
         return self.model_flops / (self.n_params * self.tokens) if self.n_params else float("nan")
 
     def to_json(self) -> str:
-        """Everything as JSON."""
-        return msgspec.json.format(msgspec.json.encode(self), indent=2).decode()
+        """Everything as JSON; of what follows from it `residual`, `model_flops` and `factor` too."""
+        derived = {"residual": self.residual, "model_flops": self.model_flops, "factor": self.factor}
+        return msgspec.json.format(msgspec.json.encode(msgspec.to_builtins(self) | derived), indent=2).decode()
 
 
 def reconcile(profile: Profile, tokens: int | None = None) -> Ledger:

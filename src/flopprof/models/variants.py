@@ -87,18 +87,28 @@ def _checkpointed(forward: Callable[..., Any], *, reentrant: bool) -> Callable[.
     def run(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
-        if reentrant and not any(isinstance(arg, torch.Tensor) and arg.requires_grad for arg in args):
-            # The reentrant kind differentiates a block only if one of its inputs wants a gradient: trainers of
-            # adapters therefore let the embeddings' output want one.
-            args = tuple(_wanting(arg) for arg in args)
-        return checkpoint(lambda *inputs: forward(*inputs, **kwargs), *args, use_reentrant=reentrant)
+        # The reentrant kind differentiates what it is given by position, and only if some of that wants a gradient.
+        names, given = list(kwargs), [*args, *kwargs.values()]
+        if reentrant and not any(isinstance(value, torch.Tensor) and value.requires_grad for value in given):
+            given = _first_wanting(given)
+
+        def named(*values: Any) -> Any:
+            return forward(*values[: len(args)], **dict(zip(names, values[len(args) :], strict=True)))
+
+        return checkpoint(named, *given, use_reentrant=reentrant)
 
     return run
 
 
-def _wanting(value: Any) -> Any:
-    floating = isinstance(value, torch.Tensor) and value.is_floating_point()
-    return value.detach().requires_grad_() if floating else value
+def _first_wanting(values: list[Any]) -> list[Any]:
+    """With a gradient wanted of the first floating tensor, as trainers of adapters let the embeddings' output want one.
+
+    Only of that: a mask that wants one changes how attention runs.
+    """
+    for index, value in enumerate(values):
+        if isinstance(value, torch.Tensor) and value.is_floating_point():
+            return [*values[:index], value.detach().requires_grad_(), *values[index + 1 :]]
+    return values
 
 
 def _blocks(module: nn.Module) -> Iterator[nn.Module]:
