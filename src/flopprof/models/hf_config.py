@@ -18,7 +18,7 @@ import torch
 
 from flopprof.errors import InvalidCheckpoint, MissingPackage, UsageError
 from flopprof.models.inputs import first_line
-from flopprof.models.safetensors_headers import read_small
+from flopprof.models.safetensors_headers import read_small, uncollected
 
 CONFIG = "config.json"
 _MOST_BYTES = 10_000_000  # labels of 21,000 classes take 1 MB
@@ -64,7 +64,8 @@ def read_config(file: Path) -> dict[str, Any]:
     """The facts of a config.json, all sizes within reason. Raises InvalidCheckpoint, naming the field."""
     text = read_small(file, _MOST_BYTES)
     try:
-        facts = json.loads(text)
+        with uncollected():
+            facts = json.loads(text)
     except (ValueError, RecursionError) as error:  # also UnicodeDecodeError
         raise InvalidCheckpoint(f"{file} is not JSON: {first_line(error)}") from error
     if not isinstance(facts, dict):

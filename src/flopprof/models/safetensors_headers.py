@@ -6,11 +6,13 @@ is read. Everything that a header says is checked against the size of its file, 
 
 from __future__ import annotations
 
+import gc
 import os
 import stat
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path, PurePosixPath
@@ -119,7 +121,8 @@ def gather(shards: Mapping[str, Sequence[str]], headers: Iterable[Mapping[str, S
 def read_index(text: bytes, where: str) -> dict[str, list[str]]:
     """Shard -> the names of its tensors, from the text of an index. Raises InvalidCheckpoint."""
     try:
-        entries = msgspec.json.decode(text, type=_Index).weight_map
+        with uncollected():
+            entries = msgspec.json.decode(text, type=_Index).weight_map
     except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
         raise InvalidCheckpoint(f"{where} is no index of safetensors shards: {error}.") from error
     if len(entries) > MOST_TENSORS:
@@ -158,6 +161,18 @@ def read_small(file: Path, most: int = MOST_BYTES) -> bytes:
         raise InvalidCheckpoint(f"{file} cannot be read: {error.strerror}.") from error
 
 
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """While open, the garbage collector rests: it would walk all of torch again for every few objects of a file."""
+    rests = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if rests:
+            gc.enable()
+
+
 def _size_of(file: Path) -> int:
     try:
         facts = os.stat(file)
@@ -188,16 +203,19 @@ def _raw_header(file: Path, most: int) -> tuple[bytes, int]:
 def parse_header(raw: bytes, room: int | None, where: str) -> dict[str, StoredTensor]:
     """The tensors that a header describes. room: bytes that follow it, None where unknown. Raises InvalidCheckpoint."""
     try:
-        entries = msgspec.json.decode(raw, type=dict[str, msgspec.Raw])
-        entries.pop("__metadata__", None)
-        if len(entries) > MOST_TENSORS:
-            raise InvalidCheckpoint(f"{where} lists {len(entries):,} tensors; more than {MOST_TENSORS:,} are not read.")
-        tensors = {}
-        decode = msgspec.json.Decoder(StoredTensor).decode
-        for name, entry in entries.items():
-            if len(memoryview(entry)) > _LONGEST_ENTRY:
-                raise InvalidCheckpoint(f"{where} describes {_shown(name)} in more than {_LONGEST_ENTRY} bytes.")
-            tensors[name] = decode(entry)
+        with uncollected():
+            entries = msgspec.json.decode(raw, type=dict[str, msgspec.Raw])
+            entries.pop("__metadata__", None)
+            if len(entries) > MOST_TENSORS:
+                raise InvalidCheckpoint(
+                    f"{where} lists {len(entries):,} tensors; more than {MOST_TENSORS:,} are not read."
+                )
+            tensors = {}
+            decode = msgspec.json.Decoder(StoredTensor).decode
+            for name, entry in entries.items():
+                if len(memoryview(entry)) > _LONGEST_ENTRY:
+                    raise InvalidCheckpoint(f"{where} describes {_shown(name)} in more than {_LONGEST_ENTRY} bytes.")
+                tensors[name] = decode(entry)
     except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
         raise InvalidCheckpoint(f"{where} has a header that is not what safetensors writes: {error}.") from error
     check(tensors, room, where)
