@@ -43,8 +43,6 @@ SAMPLE = [
 ]
 SPREAD = [pytest.param(row, id=row.name, marks=() if row.name in SAMPLE else pytest.mark.nightly) for row in ROWS]
 
-# Their code multiplies every expert by every token and discards what was not routed there.
-MULTIPLY_ALL_EXPERTS = {"llama4"}
 UNITS = {"M": 10**6, "B": 10**9}
 
 
@@ -172,7 +170,7 @@ def test_every_field_is_one_that_the_class_reads(row: catalogue.Entry) -> None:
 def test_the_cost_is_what_a_count_finds(row: catalogue.Entry) -> None:
     cost, profile = row.cost(), load(row).count()
     assert not profile.uncounted
-    if row.model_type in MULTIPLY_ALL_EXPERTS:
+    if row.runs_every_expert:
         shape = TransformerShape.from_config(row.facts(), seq=row.tokens())
         whole = msgspec.structs.replace(shape, experts_per_token=shape.experts)
         assert profile.forward_flops == catalogue.forward_flops_per_token(whole) * row.tokens()
@@ -251,6 +249,8 @@ def test_models_prints_a_table_of_80_columns_without_torch_in_two_seconds() -> N
 def test_models_prints_parameters_and_flops() -> None:
     lines = {line.split()[0]: line for line in run("models", "mixtral").stdout.splitlines() if line.strip()}
     assert re.search(r"Mixtral +46\.7B +12\.9B +27\.6 G +token of 4096$", lines["mixtral-8x7b"])
+    llama = run("models", "llama-4*").stdout
+    assert re.search(r"^llama-4-scout-17b-16e +Llama +109B +18\.0B +36\.3 G +token of 4096 \+$", llama, re.MULTILINE)
     swin = run("models", "swin-tiny").stdout
     assert re.search(r"^swin-tiny +Swin +28\.3M +[0-9.]+ G +image 224 \*$", swin, re.MULTILINE)
 

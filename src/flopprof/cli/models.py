@@ -60,6 +60,7 @@ def models(
                 image=cost.image,
                 seconds=cost.seconds,
                 counted=cost.by == "count",
+                runs_every_expert=entry.runs_every_expert,
             )
             for entry, cost in ((entry, entry.cost()) for entry in found)
         ]

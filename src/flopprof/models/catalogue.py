@@ -66,6 +66,7 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     published_active: str | None = None
     active: int | None = None
     dtype: str = "float32"
+    runs_every_expert: bool = False
     forward: Counted | None = None
 
     def facts(self) -> dict[str, Any]:

@@ -20,6 +20,7 @@ class Line:
     """One model. `flops`: of one forward, per token or per sample (`per`) of tokens, a square image, seconds of sound.
 
     active: parameters that a token visits, None where that is all of them. counted: by a run, not by a closed form.
+    runs_every_expert: the model's code multiplies those that a token does not visit, too.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Line:
     image: int | None
     seconds: float | None
     counted: bool
+    runs_every_expert: bool
 
 
 def render(lines: Sequence[Line]) -> RenderableType:
@@ -64,7 +66,7 @@ def format_parameters(count: int) -> str:
 
 
 def _per(line: Line) -> str:
-    """`token of 4096`, `image 224`, `224 px, 77 tok`, `30 s, 448 tok`; a star where that was counted."""
+    """`token of 4096`, `image 224`, `224 px, 77 tok`, `30 s, 448 tok`; * where counted, + where a run does more."""
     if line.per == "token":
         text = f"token of {line.tokens}"
     elif line.tokens is None and line.image is not None:
@@ -72,7 +74,7 @@ def _per(line: Line) -> str:
     else:
         parts = ((line.image, "px"), (line.seconds, "s"), (line.tokens, "tok"))
         text = ", ".join(f"{size:g} {unit}" for size, unit in parts if size is not None)
-    return f"{text} *" if line.counted else text
+    return f"{text} *" if line.counted else f"{text} +" if line.runs_every_expert else text
 
 
 def _facts(lines: Sequence[Line]) -> list[tuple[str, str]]:
@@ -90,4 +92,6 @@ def _facts(lines: Sequence[Line]) -> list[tuple[str, str]]:
         facts.append(("", "closed form: 2 x (active parameters that are multiplied) + attention"))
     if any(line.counted for line in lines):
         facts.append(("*", "counted on the meta device, as `flopprof count` does"))
+    if any(line.runs_every_expert for line in lines):
+        facts.append(("+", "a run does more: the model's code multiplies every expert by every token"))
     return facts
