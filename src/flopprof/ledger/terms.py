@@ -1,7 +1,7 @@
 """Reconcile a Profile with 2 N T and 6 N T, term by term: estimate + terms = measured, residual 0.
 
 forward   2 N T, minus parameters that are never multiplied, plus or minus what each parameter is multiplied more or
-          less than once per token, plus products that no parameter takes part in
+          less than once per token, plus products in which no stored parameter is
 backward  twice the forward, minus each gradient that is not computed, and why
 hardware  what the mathematics requires, plus what is executed besides
 
