@@ -167,6 +167,11 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         {},
     ),
     "siglip": ("SiglipModel", {"text_config": {**TEXT, "max_position_embeddings": 16}, "vision_config": SEEN}, {}),
+    "siglip2": (
+        "Siglip2ForImageClassification",
+        {"text_config": {**TEXT, "max_position_embeddings": 16}, "vision_config": {**SEEN, "num_patches": 16}},
+        {},
+    ),
     "whisper": (
         "WhisperForConditionalGeneration",
         {**PAIR, "num_mel_bins": 8, "max_source_positions": 50, "max_target_positions": 20},

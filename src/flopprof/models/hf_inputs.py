@@ -70,7 +70,7 @@ def _text(maker: Maker) -> Inputs:
         kwargs["bbox"] = maker.whole(torch.zeros(batch, length, 4, dtype=torch.int64))
     dual = "pixel_values" in maker.taken and not both
     if "pixel_values" in maker.taken:
-        kwargs["pixel_values"] = _pixels(maker)
+        kwargs.update(_picture(maker))
     return Inputs(kwargs, None if dual else batch * length, batch)
 
 
@@ -95,10 +95,25 @@ def _vision(maker: Maker) -> Inputs:
 
 
 def _picture(maker: Maker) -> dict[str, Any]:
+    if "spatial_shapes" in maker.taken and isinstance(getattr(maker.vision, "patch_size", None), int):
+        return _flattened(maker)
     kwargs: dict[str, Any] = {"pixel_values": _pixels(maker)}
     native = side(maker.vision)
     if maker.request.image_size not in (None, native) and "interpolate_pos_encoding" in maker.taken:
         kwargs["interpolate_pos_encoding"] = True
+    return kwargs
+
+
+def _flattened(maker: Maker) -> dict[str, Any]:
+    """Pictures of any shape: their patches, one row each, which of them are real, and (rows, columns)."""
+    batch, patch = maker.request.batch, int(maker.vision.patch_size)
+    rows, columns = (max(1, pixels // patch) for pixels in sides(maker))
+    kwargs: dict[str, Any] = {
+        "pixel_values": maker.floats(batch, rows * columns, channels(maker.vision) * patch * patch),
+        "spatial_shapes": maker.whole(torch.tensor([[rows, columns]] * batch)),
+    }
+    if "pixel_attention_mask" in maker.taken:
+        kwargs["pixel_attention_mask"] = maker.whole(torch.ones(batch, rows * columns, dtype=torch.int64))
     return kwargs
 
 
