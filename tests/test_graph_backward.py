@@ -305,3 +305,16 @@ def test_checkpointed_layers_are_differentiated_and_their_replay_is_not_forgotte
     profile = trace(model, wanting(), backward=True, engine=engine)
     assert own(profile, "backward") == {"a": 2 * L, "b": 2 * L}
     assert profile.recompute_flops or any("again in backward" in sentence for sentence in profile.assumptions)
+
+
+BATCHED_OR_SPARSE = {
+    "vmap": lambda m, x: torch.func.vmap(m.a)(x),
+    "sparse": lambda m, x: torch.sparse.mm(torch.eye(3).to_sparse(), m.a(x)),
+}
+
+
+@pytest.mark.parametrize("name", BATCHED_OR_SPARSE)
+def test_what_a_graph_does_not_hold_is_refused(name: str) -> None:
+    """The batch of vmap and the elements of a sparse matrix: read from the graph, they would silently be none."""
+    with pytest.raises(Untraceable, match=r"flopprof\.count"):
+        trace(two(BATCHED_OR_SPARSE[name])(), torch.randn(3, 4), engine="export")

@@ -75,6 +75,11 @@ class Walk:
             return _item(node, env)
         if isinstance(target, _HIGHER):
             return self._higher(module, node, env, frame, graded, times)
+        if getattr(target, "__module__", "") == "torch._functorch.predispatch":
+            raise Untraceable(
+                "torch.export writes the inside of torch.vmap down without its batch. Use flopprof.count, which runs "
+                "the model."
+            )
         if not isinstance(target, torch._ops.OpOverload):
             return self._constants(node.meta.get("val"))  # arithmetic on sizes
         return self._step(target, node, env, frame, graded, times)
@@ -103,7 +108,8 @@ class Walk:
 
     def _sized(self, node: fx.Node) -> None:
         for tensor in tensors_of(_held(node)):
-            if any(not isinstance(size, int) for size in tensor.shape):
+            # Of a sparse tensor, how many elements are not zero is no part of the graph.
+            if any(not isinstance(size, int) for size in tensor.shape) or _is_sparse(tensor):
                 line = line_in_trace(node.meta.get("stack_trace"))
                 where = f" at {line} ({source_text(line)})" if line else ""
                 raise Untraceable(
@@ -228,3 +234,8 @@ def _item(node: fx.Node, env: dict[fx.Node, list[Value]]) -> list[Value]:
         return env[whole]
     before = sum(len(tensors_of(item)) for item in held[:index])
     return env[whole][before : before + len(tensors_of(held[index]))]
+
+
+def _is_sparse(tensor: Any) -> bool:
+    layout = getattr(tensor, "layout", torch.strided)
+    return bool(str(layout).startswith("torch.sparse"))
