@@ -163,7 +163,11 @@ def test_every_field_is_one_that_the_class_reads(row: catalogue.Entry) -> None:
             assert hasattr(plain, name) or f'config, "{name}"' in code, name
             if not isinstance(value, dict) and name != "tie_word_embeddings":  # T5 ties whatever its config says
                 found = getattr(config, name)
-                assert (list(found) if isinstance(value, list) else found) == value, name
+                if name == "layers_block_type":  # kinds of layers are renamed between releases, each to one other
+                    assert len(found) == len(value)
+                    assert len(set(zip(found, value, strict=True))) == len(set(found)) == len(set(value))
+                else:
+                    assert (list(found) if isinstance(value, list) else found) == value, name
 
 
 @pytest.mark.parametrize("row", SPREAD)
