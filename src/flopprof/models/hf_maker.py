@@ -112,6 +112,9 @@ def _reach(maker: Maker) -> int | None:
         and not _OTHER_TOWER.search(name)
         and (not spoken or "decoder" in name or "text" in name)
     ]
+    said = None if spoken else token(maker.text, "max_position_embeddings")
+    if limits and said:  # some tables have rows to spare
+        limits.append(said)
     return min(limits, default=None)
 
 
