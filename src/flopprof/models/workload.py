@@ -30,6 +30,9 @@ _SAME_DTYPE = {"aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::l
 class Workload:
     """A model, the inputs it is called with, and how many tokens and samples those hold.
 
+    tokens: integers of a (batch, length) input, the decoder's where there are two stacks. samples: rows of the first
+    input where nothing else tells.
+
     assumptions: what was fixed about work that depends on the weights' values; they are added to the profile's.
     checkpoint: what the files of a checkpoint store, where its headers were read.
     program: the exported program that the model is made of, where it is one: then its graph is what is counted.
