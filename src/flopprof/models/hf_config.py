@@ -129,13 +129,15 @@ def architecture(facts: Mapping[str, Any], where: str) -> Architecture:
     name = _named_class(facts, where)
     if name is None:
         cls, found = _usual_class(config)
-        return Architecture(cls, config, (f"the config names no class: {cls.__name__}, from {found}, was counted",))
+        return Architecture(
+            cls, _config_for(cls, config), (f"the config names no class: {cls.__name__}, from {found}, was counted",)
+        )
     cls = _class(name)
-    if cls is not None and _fits(cls, config):
-        return Architecture(cls, config)
+    if cls is not None and _fits(cls, _config_for(cls, config)):
+        return Architecture(cls, _config_for(cls, config))
     cls, found = _usual_class(config, name)
     note = f"transformers has no {name} for {kind}: {cls.__name__}, from {found}, was counted"
-    return Architecture(cls, config, (note,))
+    return Architecture(cls, _config_for(cls, config), (note,))
 
 
 def configuration(cls: Any, facts: Mapping[str, Any], where: str) -> Any:
@@ -188,6 +190,17 @@ def _class(name: str) -> Any:
 def _fits(cls: Any, config: Any) -> bool:
     wanted = getattr(cls, "config_class", None)
     return isinstance(wanted, type) and isinstance(config, wanted)
+
+
+def _config_for(cls: Any, config: Any) -> Any:
+    """The config, or the part of it about text where the class reads only that, as Auto classes do."""
+    if _fits(cls, config) or not hasattr(config, "get_text_config"):
+        return config
+    try:
+        text = config.get_text_config()
+    except ValueError:  # it has several
+        return config
+    return text if _fits(cls, text) else config
 
 
 def _usual_class(config: Any, name: str = "") -> tuple[Any, str]:
