@@ -100,3 +100,24 @@ def test_json_says_what_follows_too() -> None:
     assert (decoded["residual"], decoded["model_flops"], decoded["factor"]) == (0, 2 * 2 * 3 * 20, 4)
     empty = reconcile(count(nn.ReLU(), torch.randn(3, 4)), 3)
     assert json.loads(empty.to_json())["factor"] is None
+
+
+def test_torchtitan_counts_the_experts_that_a_token_visits() -> None:
+    """Two of eight experts: 6 (N - embeddings - six experts a layer) T + 12 L H Q T^2."""
+    layers, d, wide, vocab, tokens = 2, 32, 48, 97, 24
+    config = transformers.MixtralConfig(
+        hidden_size=d,
+        intermediate_size=wide,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        vocab_size=vocab,
+    )
+    with torch.device("meta"):
+        model = transformers.MixtralForCausalLM(config).eval()
+    n = sum(parameter.numel() for parameter in model.parameters())
+    ids = torch.zeros(1, tokens, dtype=torch.int64, device="meta")
+    ledger = reconcile(count(model, ids, backward=True, use_cache=False), tokens)
+    idle = layers * 6 * 3 * d * wide
+    expected = 6 * (n - vocab * d - idle) * tokens + 12 * layers * d * tokens**2
+    assert f"torchtitan       {format_flops(expected)}: 6 (N - untied embeddings - idle experts) T" in text(ledger)

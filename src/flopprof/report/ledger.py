@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from flopprof.ledger import Ledger, Term
+from flopprof.ledger import Ledger, ParameterUse, Term
 from flopprof.report.facts import Facts
 from flopprof.report.grid import Column, Grid
 from flopprof.units import common_step, format_fixed, format_flops, format_share, format_si, unit_name
@@ -110,9 +110,16 @@ def _others(ledger: Ledger) -> Iterator[tuple[str, str]]:
             "nanoGPT, PaLM",
             f"{format_flops(palm)}: 6 N T + 3 x full attention; nanoGPT leaves position embeddings out",
         )
-        titan = 6 * (n - untied) * tokens + 3 * attention.flops_full
-        yield "torchtitan", f"{format_flops(titan)}: 6 (N - untied embeddings) T + 3 x full attention"
+        idle = sum(_idle(use, tokens) for use in ledger.parameters if "expert" in use.name)
+        titan = 6 * (n - untied - idle) * tokens + 3 * attention.flops_full
+        without = "untied embeddings - idle experts" if idle else "untied embeddings"
+        yield "torchtitan", f"{format_flops(titan)}: 6 (N - {without}) T + 3 x full attention"
     yield "FlopCounterMode", f"{format_flops(_full(ledger))} where it knows every operator: recompute is in its total"
+
+
+def _idle(use: ParameterUse, tokens: int) -> int:
+    """Elements of a multiplied parameter that not every token meets."""
+    return max(use.n - use.forward_flops // (2 * tokens), 0) if use.forward_flops else 0
 
 
 def _full(ledger: Ledger) -> int:
