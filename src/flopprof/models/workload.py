@@ -6,20 +6,21 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import torch
 from torch import nn
 
 from flopprof.counting.count import count as count_model
-from flopprof.counting.graph import Engine
-from flopprof.counting.graph import trace as trace_model
 from flopprof.counting.values import needs_values
 from flopprof.errors import FlopprofError, ModelFailed, UsageError, ValuesUnknown
 from flopprof.models.checkpoint import Checkpoint
 from flopprof.models.inputs import describe_inputs, first_line
 from flopprof.profile import Attention, Profile
+
+if TYPE_CHECKING:
+    from flopprof.counting.graph import Engine
 
 logger = logging.getLogger(__name__)
 
@@ -115,8 +116,10 @@ class Workload:
         lines: bool = False,
     ) -> Profile:
         """The Profile of the model's graph, as `flopprof.trace` makes it. Raises Untraceable where there is none."""
+        from flopprof.counting.graph import trace  # it needs torch's compiler, whose import takes a second
+
         program = self.program
-        profile = trace_model(
+        profile = trace(
             self.model if program is None else program,
             *(self.args if program is None else ()),
             backward=backward,
