@@ -159,7 +159,7 @@ class FlopCounter(TorchDispatchMode):
             if node is None:
                 frame = self.where.frame
                 phase = "optimizer" if self.where.steps and self.where.stepping() else "forward"
-                if entry.derives:
+                if entry.derives and phase == "forward":
                     self._sources.derive(args, out)
             else:
                 frame, phase = self.where.backward(node)
