@@ -367,3 +367,14 @@ def test_a_family_that_is_no_such_stack_is_refused(name: str) -> None:
 def test_sizes_without_a_family_are_taken_at_their_word() -> None:
     sizes = {"hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2, "vocab_size": 100}
     assert TransformerShape.from_config(sizes, seq=8).n_params == 2 * 12 * 64 * 64 + 100 * 64
+
+
+@pytest.mark.parametrize(
+    "family", ["bart", "mbart", "plbart", "pegasus", "marian", "blenderbot", "blenderbot-small", "m2m_100"]
+)
+def test_encoder_decoders_with_positions_in_both_stacks(family: str) -> None:
+    config = transformers.AutoConfig.for_model(family, encoder_layers=2, decoder_layers=3)
+    with torch.device("meta"):
+        model = transformers.AutoModelForSeq2SeqLM.from_config(config)
+    matrices = sum(parameter.numel() for parameter in model.parameters() if parameter.dim() > 1)
+    assert TransformerShape.from_config(config, seq=128).n_params == matrices

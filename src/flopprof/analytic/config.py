@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from flopprof.analytic.families import KNOWN, WITH_HEAD_TRANSFORM
+from flopprof.analytic.families import KNOWN, TWO_TABLES, WITH_HEAD_TRANSFORM
 
 _LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 _HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads", "decoder_attention_heads", "encoder_attention_heads")
@@ -26,7 +26,7 @@ _GATED_ACTIVATIONS = {"silu", "swish", "swiglu", "geglu", "reglu"}
 # What a config has where positions are computed and not looked up.
 _COMPUTED_POSITIONS = ("rope_theta", "rope_parameters", "rope_scaling", "rotary_pct", "rotary_dim", "alibi",
                        "relative_attention_num_buckets")  # fmt: skip
-_COMPUTED_POSITION_FAMILIES = {"bloom", "mpt", "falcon", "t5", "mt5"}
+_COMPUTED_POSITION_FAMILIES = {"bloom", "m2m_100", "mpt", "falcon", "t5", "mt5"}
 
 
 def sizes_of(config: Any) -> dict[str, Any]:
@@ -51,7 +51,7 @@ def sizes_of(config: Any) -> dict[str, Any]:
         "encoder_layers": _first(facts, "number of encoder layers", "encoder_layers", *_LAYERS) if both else 0,
         **_attention(facts, d_model, heads),
     }
-    if family not in KNOWN | WITH_HEAD_TRANSFORM | {None}:
+    if family not in KNOWN | WITH_HEAD_TRANSFORM | TWO_TABLES.keys() | {None, "m2m_100"}:
         raise ValueError(
             f"the sizes of a {family} model are not known to follow from its config: give TransformerShape(...) yours."
         )
@@ -117,7 +117,9 @@ def _learned_positions(facts: Mapping[str, Any]) -> int:
     relative = facts.get("position_embedding_type", "absolute") != "absolute"
     if computed or relative or facts.get("model_type") in _COMPUTED_POSITION_FAMILIES:
         return 0
-    return _maybe(facts, "n_positions", "max_position_embeddings")
+    positions = _maybe(facts, "n_positions", "max_position_embeddings")
+    others = TWO_TABLES.get(str(facts.get("model_type")))
+    return positions if others is None else 2 * (positions + others)
 
 
 def _attention(facts: Mapping[str, Any], d_model: int, heads: int) -> dict[str, Any]:

@@ -28,6 +28,11 @@ KNOWN = _names(
     """
 )
 
+# Encoder-decoders with learned positions: a table for each stack, with so many rows that are not positions.
+TWO_TABLES = {
+    "bart": 2, "mbart": 2, "plbart": 2, "pegasus": 0, "marian": 0, "blenderbot": 0, "blenderbot-small": 0,
+}  # fmt: skip
+
 # The head of these language models has a square matrix before the embedding, which is tied; tokens have types.
 WITH_HEAD_TRANSFORM = _names(
     """
