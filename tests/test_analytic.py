@@ -378,3 +378,15 @@ def test_encoder_decoders_with_positions_in_both_stacks(family: str) -> None:
         model = transformers.AutoModelForSeq2SeqLM.from_config(config)
     matrices = sum(parameter.numel() for parameter in model.parameters() if parameter.dim() > 1)
     assert TransformerShape.from_config(config, seq=128).n_params == matrices
+
+
+@pytest.mark.parametrize("family", ["whisper", "albert", "pegasus_x", "jamba", "xlnet"])
+def test_any_config_with_its_number_of_parameters(family: str) -> None:
+    """Encoders of sound, shared layers, hybrids: N is given, layers and widths are read."""
+    config = transformers.AutoConfig.for_model(family)
+    with pytest.raises(ValueError, match="give n_params= too"):
+        TransformerShape.from_config(config, seq=64)
+    ours = TransformerShape.from_config(config, seq=64, n_params=10**9)
+    assert ours.n_params == 10**9
+    attention = 12 * ours.layers * ours.d_attention * 64
+    assert analytic.palm_flops_per_token(ours.n_params, ours) == 6 * 10**9 + attention

@@ -29,8 +29,11 @@ _COMPUTED_POSITIONS = ("rope_theta", "rope_parameters", "rope_scaling", "rotary_
 _COMPUTED_POSITION_FAMILIES = {"bloom", "m2m_100", "mpt", "falcon", "t5", "mt5"}
 
 
-def sizes_of(config: Any) -> dict[str, Any]:
-    """Fields of a TransformerShape, all but `seq`. Raises ValueError, naming what the config does not say."""
+def sizes_of(config: Any, *, counted: bool = False) -> dict[str, Any]:
+    """Fields of a TransformerShape, all but `seq`. Raises ValueError, naming what the config does not say.
+
+    counted: the number of parameters is known otherwise, so that the sizes need not tell it.
+    """
     facts = _facts(config)
     family = facts.get("model_type") or None
     both = bool(facts.get("is_encoder_decoder"))
@@ -51,9 +54,10 @@ def sizes_of(config: Any) -> dict[str, Any]:
         "encoder_layers": _first(facts, "number of encoder layers", "encoder_layers", *_LAYERS) if both else 0,
         **_attention(facts, d_model, heads),
     }
-    if family not in KNOWN | WITH_HEAD_TRANSFORM | TWO_TABLES.keys() | {None, "m2m_100"}:
+    if not counted and family not in KNOWN | WITH_HEAD_TRANSFORM | TWO_TABLES.keys() | {None, "m2m_100"}:
         raise ValueError(
-            f"the sizes of a {family} model are not known to follow from its config: give TransformerShape(...) yours."
+            f"the parameters of a {family} model do not follow from its config: give n_params= too, or the sizes "
+            "themselves, TransformerShape(...)."
         )
     if family in WITH_HEAD_TRANSFORM:
         found["other_parameters"] = d_model * (d_model + _maybe(facts, "type_vocab_size"))

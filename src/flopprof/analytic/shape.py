@@ -23,7 +23,8 @@ class TransformerShape(msgspec.Struct, frozen=True, kw_only=True):
                       d_ff_expert (0: d_ff). dense_layers of the layers have a plain feed-forward instead
     encoder_layers    of an encoder beside the decoder, whose layers then attend to it too
     attention_parameters   of one layer, where they do not follow from the sizes above (latent attention)
-    other_parameters       of matrices beside the layers: a transform before the head, embeddings of token types
+    other_parameters       of matrices beside the layers: a transform before the head, embeddings of token types;
+                           negative where layers share theirs
     """
 
     layers: int
@@ -54,9 +55,9 @@ class TransformerShape(msgspec.Struct, frozen=True, kw_only=True):
         for name in (
             *("kv_heads", "d_head", "d_head_value", "d_ff", "positions", "d_embedding", "experts"),
             *("experts_per_token", "shared_experts", "d_ff_expert", "dense_layers", "encoder_layers"),
-            "other_parameters",
         ):
             _require(_whole(getattr(self, name)) and getattr(self, name) >= 0, name, self, "a whole number")
+        _require(_whole(self.other_parameters), "other_parameters", self, "a whole number")
         _require(self.experts_per_token <= self.experts, "experts_per_token", self, "at most the number of experts")
         _require(self.dense_layers <= self.layers, "dense_layers", self, "at most the number of layers")
         self._default("kv_heads", self.heads)
@@ -108,14 +109,18 @@ class TransformerShape(msgspec.Struct, frozen=True, kw_only=True):
         return stack + embeddings + projection + self.other_parameters
 
     @classmethod
-    def from_config(cls, config: Any, *, seq: int) -> TransformerShape:
+    def from_config(cls, config: Any, *, seq: int, n_params: int | None = None) -> TransformerShape:
         """The shape that a Hugging Face config (object or mapping) describes, at a sequence length in tokens.
 
         Of a config with a `text_config`, that one's: no vision, no audio. Raises ValueError, naming what is missing,
-        where it is none of a transformer, and for families whose sizes do not follow from their config (families.py);
-        a mapping without a `model_type` is taken at its word.
+        where it is none of a transformer, and for families whose parameters do not follow from their config
+        (families.py), unless n_params gives them. A mapping without a `model_type` is taken at its word.
         """
-        return cls(seq=seq, **sizes_of(config))
+        shape = cls(seq=seq, **sizes_of(config, counted=n_params is not None))
+        if n_params is None:
+            return shape
+        rest = shape.other_parameters + n_params - shape.n_params
+        return msgspec.structs.replace(shape, other_parameters=rest)
 
 
 def _whole(value: Any) -> bool:
