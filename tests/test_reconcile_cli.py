@@ -77,3 +77,22 @@ def test_parse_lora() -> None:
     for wrong in ("16", "x:y", "4:", ":y"):
         with pytest.raises(UsageError):
             parse_lora(wrong)
+
+
+def test_variants_last_when_the_model_must_run_on_the_cpu(tmp_path: Path) -> None:
+    """A model whose branch depends on values is built again on the CPU: what was frozen is frozen there too."""
+    file = tmp_path / "asking.py"
+    file.write_text(
+        "import torch\n"
+        "class Asking(torch.nn.Module):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.up, self.down = torch.nn.Linear(8, 16), torch.nn.Linear(16, 4)\n"
+        "    def forward(self, x):\n"
+        "        x = self.up(x)\n"
+        "        return self.down(x if float(x.sum()) > 0 else -x)\n"
+    )
+    result = run(f"{file}:Asking", "--input", "2x8", "--backward", "--tokens", "2", "--frozen", "up", "--json", "-")
+    assert result.exit_code == 0, result.output
+    terms = {term["name"]: term["flops"] for term in json.loads(result.stdout)["backward"]["terms"]}
+    assert terms["frozen_weights"] == -2 * 2 * 8 * 16

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -25,6 +25,9 @@ from flopprof.cli.options import (
 )
 from flopprof.cli.output import console, progress, require_writable, write_text
 from flopprof.errors import UsageError
+
+if TYPE_CHECKING:
+    from torch import nn
 
 _REPORT = "What is printed"
 
@@ -100,7 +103,15 @@ def reconcile(
     require_writable(json)
     with progress(f"Reconciling {target}"):
         from flopprof.models import load
-        from flopprof.models.variants import add_lora, checkpoint_blocks, freeze
+        from flopprof.models.variants import add_lora, checkpoint_blocks, freeze, varied
+
+        def vary(model: nn.Module) -> None:
+            if adapters is not None:
+                add_lora(model, *adapters)
+            for pattern in frozen or ():
+                freeze(model, pattern)
+            if checkpointing is not None:
+                checkpoint_blocks(model, checkpointing)
 
         workload = load(
             target,
@@ -116,13 +127,7 @@ def reconcile(
             images=images,
             trust_remote_code=trust_remote_code,
         )
-        if adapters is not None:
-            add_lora(workload.model, *adapters)
-        for pattern in frozen or ():
-            freeze(workload.model, pattern)
-        if checkpointing is not None:
-            checkpoint_blocks(workload.model, checkpointing)
-        profile = workload.count(backward=backward or checkpointing is not None, attention=attention)
+        profile = varied(workload, vary).count(backward=backward or checkpointing is not None, attention=attention)
         ledger = profile.reconcile(tokens)
     if json is not None:
         write_text(json, ledger.to_json())

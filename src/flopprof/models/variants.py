@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
@@ -11,8 +12,16 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from flopprof.errors import UsageError
+from flopprof.models.workload import Workload
 
 Checkpointing = Literal["non-reentrant", "reentrant"]
+
+
+def varied(workload: Workload, vary: Callable[[nn.Module], None]) -> Workload:
+    """The workload with its model changed, also where it has to be built again on the CPU."""
+    vary(workload.model)
+    again = workload.on_cpu
+    return replace(workload, on_cpu=None if again is None else lambda: varied(again(), vary))
 
 
 def freeze(model: nn.Module, pattern: str) -> None:
