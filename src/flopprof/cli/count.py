@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from flopprof.cli.options import (
-    RUN,
+    AttentionPairs,
     AudioSeconds,
     Backward,
     Batch,
@@ -21,6 +21,7 @@ from flopprof.cli.options import (
     ModelArgs,
     Seq,
     Target,
+    Traceback,
     Train,
     TrustRemoteCode,
 )
@@ -46,13 +47,7 @@ def count(
     backward: Backward = False,
     train: Train = False,
     fold: Fold = True,
-    attention: Annotated[
-        Literal["full", "causal"],
-        typer.Option(
-            help="Attention convention: every query-key pair, or only those that the mask lets through.",
-            rich_help_panel=RUN,
-        ),
-    ] = "full",
+    attention: AttentionPairs = "full",
     device: Device = None,
     dtype: Dtype = None,
     model_args: ModelArgs = None,
@@ -93,9 +88,7 @@ def count(
             "--strict", help="Exit with 1, printing nothing, if an operator has no formula.", rich_help_panel=_REPORT
         ),
     ] = False,
-    traceback: Annotated[
-        bool, typer.Option("--traceback", help="Show the traceback of an error.", rich_help_panel=_REPORT)
-    ] = False,
+    traceback: Traceback = False,
 ) -> None:
     """Count a model's FLOPs: by module, by operator, and in total. One multiply-add is 2 FLOPs."""
     ctx.meta["flopprof.traceback"] = traceback

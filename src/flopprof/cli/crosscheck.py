@@ -19,6 +19,7 @@ from flopprof.cli.options import (
     ModelArgs,
     Seq,
     Target,
+    Traceback,
     Train,
     TrustRemoteCode,
 )
@@ -53,9 +54,7 @@ def crosscheck(
             rich_help_panel=_REPORT,
         ),
     ] = None,
-    traceback: Annotated[
-        bool, typer.Option("--traceback", help="Show the traceback of an error.", rich_help_panel=_REPORT)
-    ] = False,
+    traceback: Traceback = False,
 ) -> None:
     """Compare flopprof's engines, FlopCounterMode, fvcore and torchvision's published figures on one model.
 

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from flopprof.cli.options import Traceback
 from flopprof.cli.output import console, require_writable, write_text
 from flopprof.errors import UnknownTarget
 
@@ -31,9 +32,7 @@ def models(
             rich_help_panel=_REPORT,
         ),
     ] = None,
-    traceback: Annotated[
-        bool, typer.Option("--traceback", help="Show the traceback of an error.", rich_help_panel=_REPORT)
-    ] = False,
+    traceback: Traceback = False,
 ) -> None:
     """List the models that can be counted by name, offline: their parameters and forward FLOPs per token."""
     ctx.meta["flopprof.traceback"] = traceback

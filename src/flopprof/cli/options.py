@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import typer
 
-RUN = "What is run"
+RUN, REPORT = "What is run", "What is printed"
 
 Target = Annotated[
     str,
@@ -103,3 +103,11 @@ Fold = Annotated[
         rich_help_panel=RUN,
     ),
 ]
+AttentionPairs = Annotated[
+    Literal["full", "causal"],
+    typer.Option(
+        help="Attention convention: every query-key pair, or only those that the mask lets through.",
+        rich_help_panel=RUN,
+    ),
+]
+Traceback = Annotated[bool, typer.Option("--traceback", help="Show the traceback of an error.", rich_help_panel=REPORT)]

@@ -9,6 +9,7 @@ import typer
 from flopprof.cli.count import parse_model_arg
 from flopprof.cli.options import (
     RUN,
+    AttentionPairs,
     AudioSeconds,
     Backward,
     Batch,
@@ -20,6 +21,7 @@ from flopprof.cli.options import (
     ModelArgs,
     Seq,
     Target,
+    Traceback,
     Train,
     TrustRemoteCode,
 )
@@ -73,13 +75,7 @@ def reconcile(
         Literal["non-reentrant", "reentrant"] | None,
         typer.Option(help="Run repeated blocks again in the backward.", rich_help_panel=RUN),
     ] = None,
-    attention: Annotated[
-        Literal["full", "causal"],
-        typer.Option(
-            help="Attention convention: every query-key pair, or only those that the mask lets through.",
-            rich_help_panel=RUN,
-        ),
-    ] = "full",
+    attention: AttentionPairs = "full",
     device: Device = None,
     dtype: Dtype = None,
     model_args: ModelArgs = None,
@@ -92,9 +88,7 @@ def reconcile(
             rich_help_panel=_REPORT,
         ),
     ] = None,
-    traceback: Annotated[
-        bool, typer.Option("--traceback", help="Show the traceback of an error.", rich_help_panel=_REPORT)
-    ] = False,
+    traceback: Traceback = False,
 ) -> None:
     """Tell why a model's FLOPs differ from 2 N T (forward) and 6 N T (training), to the last FLOP."""
     ctx.meta["flopprof.traceback"] = traceback
