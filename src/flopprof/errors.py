@@ -65,3 +65,11 @@ class HubUnreachable(FlopprofError):
 
 class AccessDenied(FlopprofError):
     """The Hugging Face hub holds the model back: its terms must be accepted, or a token given."""
+
+
+class UnknownDevice(UsageError):
+    """No peak is known of the device; the message says how to give one."""
+
+
+class NoPeak(UsageError):
+    """The device has no peak in that dtype, or none is known; the message lists those it has."""

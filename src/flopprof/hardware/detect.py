@@ -1,0 +1,66 @@
+"""Which device is here, and at which rate torch is set to run float32. Imports torch."""
+
+from __future__ import annotations
+
+import os
+from typing import Literal
+
+import torch
+
+from flopprof.errors import UnknownDevice
+from flopprof.hardware.names import reported
+from flopprof.hardware.table import Device, canonical
+
+_NO_CPU = (
+    "a CPU has no peak in the table: measure it once, `peak=flopprof.measure_peak()` or `flopprof peaks --measure`, "
+    "or pass peak=... in FLOP/s."
+)
+
+
+def detected(where: str | torch.device | None) -> Device:
+    """The row of a torch device (None: the accelerator that is here, else the CPU). Raises UnknownDevice."""
+    device = here(where)
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        return reported(properties.name, units=properties.multi_processor_count)
+    if device.type == "mps":
+        return reported(torch.backends.mps.get_name(), units=torch.backends.mps.get_core_count())
+    if device.type == "xpu":
+        return reported(torch.xpu.get_device_name(device))
+    if device.type == "cpu":
+        raise UnknownDevice(_NO_CPU)
+    raise UnknownDevice(f"no peak is known of torch's device {device.type!r}: pass peak=... in FLOP/s.")
+
+
+def here(where: str | torch.device | None) -> torch.device:
+    """The torch device meant: the current accelerator, or the CPU where there is none. Raises UnknownDevice."""
+    if where is None:
+        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    device = torch.device(where)
+    if device.type in ("cuda", "mps", "xpu") and not getattr(torch, device.type).is_available():
+        raise UnknownDevice(
+            f"torch sees no {device.type} device here: name one of the table, as flopprof.peak('H100')."
+        )
+    return device
+
+
+def rate_of(device: Device, dtype: str | torch.dtype, where: str | torch.device | None) -> str:
+    """The column of `device`, which is here, that operands of `dtype` use: tf32 for float32 where torch is set to it."""
+    name = canonical(dtype)
+    if name == "float32" and here(where).type == "cuda" and "tf32" in device.peaks:
+        return float32_rate()
+    return name
+
+
+def float32_rate(of: Literal["matmul", "convolution", "recurrent"] = "matmul") -> Literal["float32", "tf32"]:
+    """What flopprof.hardware.float32_rate says."""
+    if os.environ.get("NVIDIA_TF32_OVERRIDE") == "0":  # read by NVIDIA's libraries themselves
+        return "float32"
+    module = {
+        "matmul": torch.backends.cuda.matmul,
+        "convolution": getattr(torch.backends.cudnn, "conv", torch.backends.cudnn),
+        "recurrent": getattr(torch.backends.cudnn, "rnn", torch.backends.cudnn),
+    }[of]
+    precision = getattr(module, "fp32_precision", None)
+    allowed = module.allow_tf32 if precision is None else precision == "tf32"  # before torch 2.9 only the former
+    return "tf32" if allowed else "float32"
