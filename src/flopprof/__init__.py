@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from flopprof.errors import FlopprofError as FlopprofError
     from flopprof.formulas import Cost as Cost
     from flopprof.formulas import register_formula as register_formula
+    from flopprof.hardware import Peak as Peak
+    from flopprof.hardware import peak as peak
     from flopprof.ledger import reconcile as reconcile
     from flopprof.models import Workload as Workload
     from flopprof.models import load as load
@@ -28,6 +30,8 @@ _HOME = {
     "FlopprofError": "flopprof.errors",
     "Cost": "flopprof.formulas",
     "register_formula": "flopprof.formulas",
+    "Peak": "flopprof.hardware",
+    "peak": "flopprof.hardware",
     "reconcile": "flopprof.ledger",
     "Workload": "flopprof.models",
     "load": "flopprof.models",
@@ -37,10 +41,12 @@ __all__ = [
     "Cost",
     "FlopCounter",
     "FlopprofError",
+    "Peak",
     "Profile",
     "Workload",
     "count",
     "load",
+    "peak",
     "reconcile",
     "region",
     "register_formula",

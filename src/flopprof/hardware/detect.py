@@ -45,7 +45,7 @@ def here(where: str | torch.device | None) -> torch.device:
 
 
 def rate_of(device: Device, dtype: str | torch.dtype, where: str | torch.device | None) -> str:
-    """The column of `device`, which is here, that operands of `dtype` use: tf32 for float32 where torch is set to it."""
+    """The column of `device` that `dtype` uses here: tf32 for float32 where torch is set to it."""
     name = canonical(dtype)
     if name == "float32" and here(where).type == "cuda" and "tf32" in device.peaks:
         return float32_rate()

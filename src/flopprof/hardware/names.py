@@ -15,7 +15,7 @@ _SUGGESTED = 4
 
 
 def typed(name: str) -> Device:
-    """The row that a person means by `name`: an id, a printed name, an alias or a driver's name. Raises UnknownDevice."""
+    """The row that a person means by an id, a printed name, an alias or a driver's name. Raises UnknownDevice."""
     found = _typed().get(tokens(name))
     if found is not None:
         return found
