@@ -18,8 +18,8 @@ from typer.testing import CliRunner, Result
 
 import flopprof
 from flopprof.cli import output
-from flopprof.cli.count import parse_model_arg
 from flopprof.cli.main import app
+from flopprof.cli.options import parse_model_arg
 from flopprof.errors import FlopprofError, UsageError
 from flopprof.profile import Profile
 

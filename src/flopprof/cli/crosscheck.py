@@ -6,23 +6,7 @@ from typing import Annotated
 
 import typer
 
-from flopprof.cli.count import parse_model_arg
-from flopprof.cli.options import (
-    AudioSeconds,
-    Backward,
-    Batch,
-    Device,
-    Dtype,
-    Images,
-    ImageSize,
-    Inputs,
-    ModelArgs,
-    Seq,
-    Target,
-    Traceback,
-    Train,
-    TrustRemoteCode,
-)
+from flopprof.cli.options import Backward, Wanted, taken
 from flopprof.cli.output import console, progress, require_writable, write_text
 from flopprof.errors import EnginesDisagree
 
@@ -30,22 +14,12 @@ _REPORT = "What is printed"
 _NAMED = 5
 
 
+@taken
 def crosscheck(
     ctx: typer.Context,
-    target: Target,
+    wanted: Wanted,
     *,
-    batch: Batch = 1,
-    seq: Seq = None,
-    image_size: ImageSize = None,
-    audio_seconds: AudioSeconds = None,
-    images: Images = 1,
-    inputs: Inputs = None,
     backward: Backward = False,
-    train: Train = False,
-    device: Device = None,
-    dtype: Dtype = None,
-    model_args: ModelArgs = None,
-    trust_remote_code: TrustRemoteCode = False,
     json: Annotated[
         str | None,
         typer.Option(
@@ -54,34 +28,17 @@ def crosscheck(
             rich_help_panel=_REPORT,
         ),
     ] = None,
-    traceback: Traceback = False,
 ) -> None:
     """Compare flopprof's engines, FlopCounterMode, fvcore and torchvision's published figures on one model.
 
     Every difference is told by operator. Exits with 1 where flopprof's own engines disagree.
     """
-    ctx.meta["flopprof.traceback"] = traceback
-    arguments = dict(parse_model_arg(text) for text in model_args or ())
     require_writable(json)
-    with progress(f"Cross-checking {target}"):
+    with progress(f"Cross-checking {wanted.target}"):
         from flopprof.crosscheck.check import crosscheck as check
-        from flopprof.models import load
 
-        workload = load(
-            target,
-            batch=batch,
-            image_size=image_size,
-            inputs=inputs or (),
-            device=device,
-            dtype=dtype,
-            train=train,
-            model_args=arguments,
-            seq=seq,
-            audio_seconds=audio_seconds,
-            images=images,
-            trust_remote_code=trust_remote_code,
-        )
-        result = check(workload, backward=backward)
+        workload = wanted.load()
+        result = check(workload, backward=backward or wanted.checkpointing)
     if json is not None:
         write_text(json, result.to_json())
     if json != "-":
@@ -92,5 +49,6 @@ def crosscheck(
         modules = list(dict.fromkeys(found.module or "(root)" for found in result.disagreements))
         more = f" and {len(modules) - _NAMED} more" if len(modules) > _NAMED else ""
         raise EnginesDisagree(
-            f"flopprof's own engines disagree on {target} in {', '.join(modules[:_NAMED])}{more}: please report it."
+            f"flopprof's own engines disagree on {wanted.target} in {', '.join(modules[:_NAMED])}{more}: "
+            "please report it."
         )

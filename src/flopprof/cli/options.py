@@ -1,10 +1,20 @@
-"""What commands that run a target have in common: its name, and how it is built and run."""
+"""What commands that run a target have in common: its name, and how it is built, varied and run."""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import ast
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import MISSING, dataclass, fields
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
 import typer
+
+from flopprof.errors import UsageError
+
+if TYPE_CHECKING:
+    from flopprof.models import Workload
 
 RUN, REPORT = "What is run", "What is printed"
 
@@ -111,3 +121,132 @@ AttentionPairs = Annotated[
     ),
 ]
 Traceback = Annotated[bool, typer.Option("--traceback", help="Show the traceback of an error.", rich_help_panel=REPORT)]
+Attn = Annotated[
+    Literal["sdpa", "eager", "flash"] | None,
+    typer.Option(
+        help="How a Hugging Face model computes attention; default: sdpa where the model has it.",
+        rich_help_panel=RUN,
+    ),
+]
+Lora = Annotated[
+    str | None,
+    typer.Option(
+        help="Low-rank adapters by peft, all else frozen: r=16,targets=q_proj,v_proj; also alpha=, dropout=, "
+        "modules_to_save=, targets=all-linear.",
+        metavar="r=R,targets=NAME,...",
+        rich_help_panel=RUN,
+    ),
+]
+Frozen = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Parameters or modules that do not train: 'embed*', 'layers.0'. Repeat per pattern.",
+        metavar="GLOB",
+        rich_help_panel=RUN,
+    ),
+]
+Checkpointing = Annotated[
+    bool,
+    typer.Option(
+        "--checkpointing",
+        help="Run repeated blocks again in the backward, which is counted too; Hugging Face models checkpoint "
+        "themselves, in training mode.",
+        rich_help_panel=RUN,
+    ),
+]
+Reentrant = Annotated[
+    bool, typer.Option("--reentrant", help="With --checkpointing: the reentrant kind.", rich_help_panel=RUN)
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """What is to be run, as the options say it; `taken` makes options of the fields."""
+
+    target: Target
+    batch: Batch = 1
+    seq: Seq = None
+    image_size: ImageSize = None
+    audio_seconds: AudioSeconds = None
+    images: Images = 1
+    inputs: Inputs = None
+    train: Train = False
+    attn: Attn = None
+    lora: Lora = None
+    frozen: Frozen = None
+    checkpointing: Checkpointing = False
+    reentrant: Reentrant = False
+    device: Device = None
+    dtype: Dtype = None
+    model_args: ModelArgs = None
+    trust_remote_code: TrustRemoteCode = False
+
+    def load(self) -> Workload:
+        """The model and its inputs. Raises what `flopprof.load` raises."""
+        from flopprof.models import load
+
+        return load(
+            self.target,
+            batch=self.batch,
+            image_size=self.image_size,
+            inputs=self.inputs or (),
+            device=self.device,
+            dtype=self.dtype,
+            train=self.train,
+            model_args=dict(parse_model_arg(text) for text in self.model_args or ()),
+            seq=self.seq,
+            audio_seconds=self.audio_seconds,
+            images=self.images,
+            trust_remote_code=self.trust_remote_code,
+            attn=self.attn,
+            lora=self.lora,
+            frozen=self.frozen or (),
+            checkpointing=("reentrant" if self.reentrant else "non-reentrant") if self.checkpointing else None,
+        )
+
+    def check(self) -> None:
+        """Raises UsageError for options that are wrong whatever the target is: said before torch is imported."""
+        if self.reentrant and not self.checkpointing:
+            raise UsageError("--reentrant is a kind of --checkpointing: give both.")
+        for text in self.model_args or ():
+            parse_model_arg(text)
+
+
+def taken(command: Callable[..., None]) -> Callable[..., None]:
+    """The command with the fields of Wanted as options, in the place of its parameter `wanted`, and --traceback."""
+    signature = inspect.signature(command, eval_str=True)
+    hints = get_type_hints(Wanted, include_extras=True)
+    options = [
+        inspect.Parameter(
+            field.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=inspect.Parameter.empty if field.default is MISSING else field.default,
+            annotation=hints[field.name],
+        )
+        for field in fields(Wanted)
+    ]
+    context, _wanted, *own = signature.parameters.values()
+
+    @functools.wraps(command)
+    def run(ctx: typer.Context, **given: Any) -> None:
+        ctx.meta["flopprof.traceback"] = given.pop("traceback")
+        wanted = Wanted(**{option.name: given.pop(option.name) for option in options})
+        wanted.check()
+        command(ctx, wanted, **given)
+
+    shown = inspect.Parameter("traceback", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Traceback)
+    parameters = [context, *options, *own, shown]
+    run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]  # read by inspect
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters} | {"return": None}
+    return run
+
+
+def parse_model_arg(text: str) -> tuple[str, object]:
+    """(name, value) of `num_classes=10`: a Python literal where it is one, else the text. Raises UsageError."""
+    name, sign, value = text.partition("=")
+    if not sign or not name.isidentifier():
+        raise UsageError(f"cannot read --model-arg {text!r}: write it as name=value, as in num_classes=10.")
+    try:
+        return name, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return name, value

@@ -107,7 +107,9 @@ def _bytes(model: nn.Module) -> int:
 
 def _built(found: Architecture, target: str, device: str, request: Request) -> nn.Module:
     """The model, tied and in eval (or train) mode. On meta it is built there, or not at all: it may be of any size."""
-    arguments = {} if request.dtype is None else {"dtype": request.dtype}
+    arguments: dict[str, Any] = {} if request.dtype is None else {"dtype": request.dtype}
+    if request.attn is not None:
+        arguments["attn_implementation"] = request.attn
     make = partial(found.cls._from_config, found.config, **arguments)
     try:
         with undisturbed_random_state():

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -19,6 +19,8 @@ from flopprof.models.inputs import InputSpec, first_line, make_input
 logger = logging.getLogger(__name__)
 
 _LONGEST_SOUND_S = 86_400
+
+Attn = Literal["sdpa", "eager", "flash"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +38,7 @@ class Request:
     audio_seconds: float | None = None
     images: int = 1
     trust_remote_code: bool = False
+    attn: Attn | None = None
 
     def check(self) -> None:
         """Raises UsageError where the wishes contradict each other or the machine."""
@@ -55,6 +58,8 @@ class Request:
             raise UsageError("both --batch and --input were given: write the batch size into the shape of --input.")
         if self.inputs and self.image_size is not None:
             raise UsageError("both --image-size and --input were given: write the size into the shape of --input.")
+        if self.attn not in (None, "sdpa", "eager", "flash"):
+            raise UsageError(f"attn {self.attn!r} is none of sdpa, eager, flash.")
         kind = (self.device or "cpu").partition(":")[0]
         if kind not in ("meta", "cpu", "cuda"):
             raise UsageError(f"device {self.device!r} is none of meta, cpu, cuda.")
@@ -68,6 +73,7 @@ class Request:
             "--audio-seconds": self.audio_seconds is not None,
             "--images": self.images != 1,
             "--trust-remote-code": self.trust_remote_code,
+            "--attn": self.attn is not None,
         }
         for option in (option for option, wanted in given.items() if wanted):
             raise UsageError(f"{option} is for Hugging Face models; {target} does not take it.")

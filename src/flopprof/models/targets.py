@@ -7,10 +7,12 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from flopprof.errors import UnknownTarget
+from flopprof.errors import UnknownTarget, UsageError
 from flopprof.models import catalogue, exported, huggingface, pyfile, timm, vision
+from flopprof.models.adapters import parse_lora
 from flopprof.models.inputs import parse_dtype, parse_input
-from flopprof.models.request import Request
+from flopprof.models.request import Attn, Request
+from flopprof.models.variants import Checkpointing, Variants, varied
 from flopprof.models.workload import Workload
 
 # Of two names that are about as near, the one that needs no prefix is the likelier.
@@ -31,6 +33,10 @@ def load(
     audio_seconds: float | None = None,
     images: int = 1,
     trust_remote_code: bool = False,
+    attn: Attn | None = None,
+    lora: str | None = None,
+    frozen: Sequence[str] = (),
+    checkpointing: Checkpointing | None = None,
 ) -> Workload:
     """The workload that `target` names.
 
@@ -39,6 +45,10 @@ def load(
 
     seq: tokens of text, image placeholders included; of both sides for encoder-decoders. audio_seconds, images: how
     much a Hugging Face model hears, and sees in each text. trust_remote_code: run the checkpoint's own Python code.
+
+    attn: how a Hugging Face model computes attention: `sdpa`, `eager` or `flash`. lora: adapters that peft adds,
+    `r=16,targets=q_proj,v_proj`. frozen: globs of parameters or modules that do not train. checkpointing: blocks run
+    again in the backward, `non-reentrant` or `reentrant`.
 
     inputs: one shape per positional input (`2x8`, `1x128:int64`) instead of the model's own. device None: meta
     where that works, else CPU. Raises UnknownTarget, UsageError, MissingPackage or ModelFailed.
@@ -55,8 +65,21 @@ def load(
         audio_seconds=audio_seconds,
         images=images,
         trust_remote_code=trust_remote_code,
+        attn=attn,
     )
     request.check()
+    variants = Variants(
+        lora=None if lora is None else parse_lora(lora), frozen=tuple(frozen), checkpointing=checkpointing
+    )
+    workload = _named(target, request)
+    if not variants:
+        return workload
+    if workload.program is not None:
+        raise UsageError(f"{target} is an exported graph, which cannot be varied: leave the training variants out.")
+    return varied(workload, variants.apply)
+
+
+def _named(target: str, request: Request) -> Workload:
     kind, _, rest = target.partition(":")
     if kind in ("hf", "huggingface") and rest:
         return huggingface.load_hub(rest, request)

@@ -1,20 +1,42 @@
-"""Variants of a model as people train it: parts frozen, low-rank adapters, blocks checkpointed. Models are changed."""
+"""Variants of a model as people train it: low-rank adapters, parts frozen, blocks checkpointed. Models are changed."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint as replayed
 
 from flopprof.errors import UsageError
+from flopprof.models.adapters import Lora, add_adapters
 from flopprof.models.workload import Workload
 
 Checkpointing = Literal["non-reentrant", "reentrant"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variants:
+    """What is changed of a model, in this order: adapters first, so that a pattern can freeze some of them."""
+
+    lora: Lora | None = None
+    frozen: tuple[str, ...] = ()
+    checkpointing: Checkpointing | None = None
+
+    def __bool__(self) -> bool:
+        return bool(self.lora or self.frozen or self.checkpointing)
+
+    def apply(self, model: nn.Module) -> None:
+        """Change the model. Raises UsageError, MissingPackage."""
+        if self.lora is not None:
+            add_adapters(model, self.lora)
+        for pattern in self.frozen:
+            freeze(model, pattern)
+        if self.checkpointing is not None:
+            checkpoint(model, self.checkpointing)
 
 
 def varied(workload: Workload, vary: Callable[[nn.Module], None]) -> Workload:
@@ -41,42 +63,21 @@ def freeze(model: nn.Module, pattern: str) -> None:
         parameter.requires_grad_(False)
 
 
-def add_lora(model: nn.Module, rank: int, pattern: str) -> None:
-    """Low-rank adapters (Hu 2021, arXiv 2106.09685) on the linear layers whose name matches; all else is frozen.
+def checkpoint(model: nn.Module, kind: Checkpointing) -> None:
+    """What the backward needs is computed again in it: by a transformers model's own switch, else block by block.
 
-    Raises UsageError where no nn.Linear matches.
+    transformers checkpoints in training mode only, so that the model is put into it. Raises UsageError.
     """
-    if rank < 1:
-        raise UsageError(f"--lora: the rank is a positive whole number, got {rank}.")
-    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    chosen = [name for name in linears if fnmatchcase(name, pattern)]
-    if not chosen:
-        raise UsageError(
-            f"--lora {pattern!r} matches no linear layer; the first are {', '.join(linears[:3]) or '(none)'}."
-        )
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-    for name in chosen:
-        parent, _, child = name.rpartition(".")
-        owner = model.get_submodule(parent)
-        setattr(owner, child, LoraLinear(getattr(owner, child), rank))
-
-
-class LoraLinear(nn.Module):
-    """base(x) + B A x / rank: A (rank, in) and B (out, rank) train, the base does not."""
-
-    def __init__(self, base: nn.Linear, rank: int) -> None:
-        super().__init__()
-        at = {"device": base.weight.device, "dtype": base.weight.dtype}
-        self.base = base
-        self.lora_A = nn.Linear(base.in_features, rank, bias=False, **at)
-        self.lora_B = nn.Linear(rank, base.out_features, bias=False, **at)
-        self.scale = 1 / rank
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(..., in) -> (..., out)."""
-        out: torch.Tensor = self.base(x) + self.lora_B(self.lora_A(x)) * self.scale
-        return out
+    own: Any = getattr(model, "activation_checkpointing_enable", None)  # since 5.20, for gradient_checkpointing_enable
+    own = own or getattr(model, "gradient_checkpointing_enable", None)
+    if own is None:
+        checkpoint_blocks(model, kind)
+        return
+    try:
+        own({"use_reentrant": kind == "reentrant"})
+    except ValueError as error:
+        raise UsageError(f"--checkpointing: {type(model).__name__} has no activation checkpointing: {error}") from error
+    model.train()
 
 
 def checkpoint_blocks(model: nn.Module, kind: Checkpointing) -> None:
@@ -104,7 +105,7 @@ def _checkpointed(forward: Callable[..., Any], *, reentrant: bool) -> Callable[.
         def named(*values: Any) -> Any:
             return forward(*values[: len(args)], **dict(zip(names, values[len(args) :], strict=True)))
 
-        return checkpoint(named, *given, use_reentrant=reentrant)
+        return replayed(named, *given, use_reentrant=reentrant)
 
     return run
 
