@@ -128,8 +128,9 @@ class Names:
         return entry[1] if entry is not None and entry[0]() is module else []
 
     def _register(self, module: torch.nn.Module, fqn: str) -> None:
-        self._sources.add_module(walk(module, fqn))
-        for name, submodule in walk(module, fqn):
+        submodules = list(walk(module, fqn))
+        self._sources.add_module(submodules)
+        for name, submodule in submodules:
             known = self._known(submodule)
             if not known:
                 self._fqns[id(submodule)] = (weakref.ref(submodule), [name])
@@ -147,7 +148,8 @@ class Names:
 
 def is_wrapper(module: torch.nn.Module) -> bool:
     """Does this module only wrap another (DDP, a compiled model), so that it has no name of its own?"""
-    return type(module).__name__ in _WRAPPERS or not _WRAPPED_ATTRIBUTES.isdisjoint(module._modules.keys())
+    children = module._modules  # most modules have none
+    return bool(children) and (type(module).__name__ in _WRAPPERS or not _WRAPPED_ATTRIBUTES.isdisjoint(children))
 
 
 def unwrap(module: torch.nn.Module) -> torch.nn.Module:
@@ -163,9 +165,12 @@ def walk(module: torch.nn.Module, fqn: str = "") -> Iterator[tuple[str, torch.nn
     while stack:
         name, current, above = stack.pop()
         yield name, current
+        children = current._modules
+        if not children:
+            continue
         inside = above | {id(current)}
         wrapper = is_wrapper(current)
-        for key, child in reversed(list(current._modules.items())):
+        for key, child in reversed(children.items()):
             if child is not None and id(child) not in inside:
                 stack.append((name if wrapper else f"{name}.{key}" if name else key, child, inside))
 

@@ -9,6 +9,7 @@ against a fold makes the count be done again without any.
 
 from __future__ import annotations
 
+import ctypes
 import random
 import sys
 from collections.abc import Callable, Iterator
@@ -259,7 +260,8 @@ class Folding:
             return None
         numpy = sys.modules.get("numpy")
         with torch._C._DisableTorchDispatch(), torch._C.DisableTorchFunction():
-            state = bytes(torch.default_generator.get_state().tolist())
+            generator = torch.default_generator.get_state()
+            state = ctypes.string_at(generator.data_ptr(), generator.numel())
         return (
             random.getstate(),
             state,

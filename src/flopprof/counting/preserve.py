@@ -31,17 +31,19 @@ class Keep:
 
     def module(self, module: torch.nn.Module) -> None:
         """Every attribute of every submodule, by value where a forward writes: buffers, caches, renormed tables."""
+        leaves: dict[int, torch.Tensor] = {}
         for submodule in module.modules():
-            held = (*submodule._parameters.values(), *submodule._buffers.values())
-            if any(tensor is not None and is_lazy(tensor) for tensor in held):
+            parameters = [tensor for tensor in submodule._parameters.values() if tensor is not None]
+            lazy = [is_lazy(tensor) for tensor in parameters]
+            leaves.update((id(leaf), leaf) for leaf, waits in zip(parameters, lazy, strict=True) if not waits)
+            if any(lazy) or any(tensor is not None and is_lazy(tensor) for tensor in submodule._buffers.values()):
                 continue  # its first call makes another module of it, for good
             self._container(submodule.__dict__, set())
             if getattr(submodule, "max_norm", None) is not None:  # nn.Embedding then rescales the rows it reads
-                for parameter in submodule.parameters(recurse=False):
+                for parameter in parameters:
                     self.values(parameter)
-        for parameter in module.parameters():
-            if not is_lazy(parameter):
-                self.gradient(parameter)
+        for leaf in leaves.values():
+            self.gradient(leaf)
 
     def optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         """Its parameters, state and settings."""

@@ -103,6 +103,7 @@ class FlopCounter(TorchDispatchMode):
     def __enter__(self) -> FlopCounter:
         if not self._open:
             self._entries = entries()
+            self._tally.reopen()
             self._thread = threading.get_ident()
             self.where.open()
             installed.acquire()
@@ -117,7 +118,7 @@ class FlopCounter(TorchDispatchMode):
         if not self._open:
             super().__exit__(*error)  # type: ignore[no-untyped-call]
             installed.release()
-            self._tally.measure(self._names.frames.values(), self.model)
+            self._tally.close(self._names.frames, self.model)
             self.where.close()
 
     @contextmanager

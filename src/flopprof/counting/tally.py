@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -55,6 +55,7 @@ class Tally:
         self.device: str | None = None
         self._parameters: tuple[ParameterRow, ...] = ()
         self._packed = 0  # elements of packed weights, which are no Parameters
+        self._closed: list[Frame] | None = None  # in order and measured, since nothing runs any more
 
     def add_row(self, key: tuple[Any, ...], operands: tuple[Any, ...], out: Any) -> Row:
         """The row of calls that were not seen before."""
@@ -74,21 +75,30 @@ class Tally:
         key = (name, frame, phase, _shapes(tensors), reason)
         self.uncounted[key] = self.uncounted.get(key, 0) + 1
 
-    def measure(self, frames: Collection[Frame], model: torch.nn.Module | None) -> None:
-        """Note how many parameters there are, in all and in each module, while the modules live."""
-        _measure(frames, model)
-        modules = _modules(frames, model)
+    def reopen(self) -> None:
+        """More is to come."""
+        self._closed = None
+
+    def close(self, frames: dict[str, Frame], model: torch.nn.Module | None) -> None:
+        """Nothing more comes for now: note how many parameters there are while the modules live."""
+        self._closed = self._measured(frames, model)
+
+    def _measured(self, frames: dict[str, Frame], model: torch.nn.Module | None) -> list[Frame]:
+        """The frames in order, their parameters and those of all modules counted."""
+        ordered = _in_order(frames, model)
+        _measure(ordered, model)
+        modules = _modules(ordered, model)
         parameters = _unique_parameters(modules)
         packed = sum(_packed(module) for _name, module in modules)
         if _elements(parameters) + packed >= _elements(self._parameters) + self._packed:
             self._parameters, self._packed = parameters, packed
+        return ordered
 
     def profile(
         self, frames: dict[str, Frame], model: torch.nn.Module | None, attention: Attention = "full"
     ) -> Profile:
         """Everything so far, names resolved."""
-        ordered = _in_order(frames, model)
-        self.measure(ordered, model)
+        ordered = self._closed if self._closed is not None else self._measured(frames, model)
         sites = _sites(self.counted)
         rows = tuple(_operator_row(key, row, sites, attention) for key, row in self.counted.items())
         return Profile(
@@ -242,13 +252,18 @@ def _measure(frames: Iterable[Frame], model: torch.nn.Module | None) -> None:
         if frame.fqn == "" and model is not None:
             module = unwrap(model)
         if module is not None:
-            within = list(module.modules())
-            unique = {id(p): p for part in within for p in part._parameters.values() if p is not None}
-            own = {id(p): p for p in module._parameters.values() if p is not None}
-            frame.parameters = (
-                sum(map(_numel, unique.values())) + sum(map(_packed, within)),
-                sum(map(_numel, own.values())) + _packed(module),
-            )
+            total = own = _held(module)
+            if module._modules:
+                within = list(module.modules())
+                unique = {id(p): p for part in within for p in part._parameters.values() if p is not None}
+                total = sum(map(_numel, unique.values())) + sum(map(_packed, within))
+            frame.parameters = (total, own)
+
+
+def _held(module: torch.nn.Module) -> int:
+    """Elements of a module's own parameters."""
+    own = {id(p): p for p in module._parameters.values() if p is not None}
+    return sum(map(_numel, own.values())) + _packed(module)
 
 
 def _modules(frames: Iterable[Frame], model: torch.nn.Module | None) -> list[tuple[str, torch.nn.Module]]:
