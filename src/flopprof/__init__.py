@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from flopprof.formulas import Cost as Cost
     from flopprof.formulas import register_formula as register_formula
     from flopprof.hardware import Peak as Peak
+    from flopprof.hardware import measure_peak as measure_peak
     from flopprof.hardware import peak as peak
     from flopprof.ledger import reconcile as reconcile
     from flopprof.models import Workload as Workload
@@ -31,6 +32,7 @@ _HOME = {
     "Cost": "flopprof.formulas",
     "register_formula": "flopprof.formulas",
     "Peak": "flopprof.hardware",
+    "measure_peak": "flopprof.hardware",
     "peak": "flopprof.hardware",
     "reconcile": "flopprof.ledger",
     "Workload": "flopprof.models",
@@ -46,6 +48,7 @@ __all__ = [
     "Workload",
     "count",
     "load",
+    "measure_peak",
     "peak",
     "reconcile",
     "region",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Literal
 
 from flopprof.hardware.names import typed
@@ -10,7 +11,7 @@ from flopprof.hardware.table import Device, Peak, devices
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Device", "Peak", "device", "devices", "float32_rate", "peak"]
+__all__ = ["Device", "Peak", "device", "devices", "float32_rate", "measure_peak", "peak"]
 
 _DETECTED = ("cpu", "cuda", "mps", "xpu")
 
@@ -47,6 +48,29 @@ def device(name: str | torch.device | None = None) -> Device:
 
 def _is_here(name: str | torch.device | None) -> bool:
     return not isinstance(name, str) or name.partition(":")[0] in _DETECTED
+
+
+def measure_peak(
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    *,
+    seconds: float = 1.0,
+    shapes: Sequence[tuple[int, int, int]] | None = None,
+    clock: Callable[[], float] | None = None,
+) -> Peak:
+    """The FLOP/s that matrix products reach on this machine: the best shape of a short sweep, labelled as measured.
+
+    device   a torch device; None: the accelerator that is here, else the CPU
+    dtype    "float32", "tf32", "bf16", "fp16", "fp8", ...; None: float32 on a CPU, bfloat16 elsewhere
+    seconds  per shape: 20 repetitions, or as many as fit, but at least 3
+    shapes   of the products, (m, k, n) each. clock: seconds since any moment, instead of the device's own
+
+    Random normal numbers, warmed up, median per shape. Raises NoPeak where the device does not multiply that dtype.
+    `flopprof.hardware.measure.measure` gives every shape with its spread.
+    """
+    from flopprof.hardware.measure import measure
+
+    return measure(device, dtype, seconds=seconds, shapes=shapes, clock=clock).peak
 
 
 def float32_rate(of: Literal["matmul", "convolution", "recurrent"] = "matmul") -> Literal["float32", "tf32"]:
