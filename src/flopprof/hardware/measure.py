@@ -217,7 +217,8 @@ def _torch_dtype(name: str, place: torch.device) -> torch.dtype:
 @contextlib.contextmanager
 def _rate(name: str) -> Iterator[None]:
     """Has torch multiply float32 in tf32 or in float32 as named, whatever it is set to; its settings come back."""
-    cuda: Any = torch.backends.cuda.matmul  # it answers any attribute
+    cuda: Any = torch.backends.cuda.matmul  # both answer any attribute
+    cpu: Any = torch.backends.mkldnn
     if not hasattr(cuda, "fp32_precision"):  # before torch 2.9
         before = torch.get_float32_matmul_precision()
         torch.set_float32_matmul_precision("high" if name == "tf32" else "highest")
@@ -226,7 +227,7 @@ def _rate(name: str) -> Iterator[None]:
         finally:
             torch.set_float32_matmul_precision(before)
         return
-    places: tuple[Any, ...] = (cuda, torch.backends.mkldnn.matmul)
+    places: tuple[Any, ...] = (cuda, cpu.matmul)
     settings = [place.fp32_precision for place in places]
     for place in places:
         place.fp32_precision = "tf32" if name == "tf32" and place is cuda else "ieee"
