@@ -87,32 +87,32 @@ class Maker:
 
 def length_of(maker: Maker, least: int = 0) -> int:
     """--seq, or the usual length where the positions reach so far. Raises UsageError where they do not."""
-    reach = _reach(maker)
+    limit = reach(maker.model)
     asked = maker.request.seq
     if asked is None:
         wanted = max(_TOKENS, least + 64 if least else 0)
-        return wanted if reach is None else min(wanted, reach)
-    if reach is not None and asked > reach:
-        raise UsageError(f"--seq {asked} is longer than the model's {reach} learned positions.")
+        return wanted if limit is None else min(wanted, limit)
+    if limit is not None and asked > limit:
+        raise UsageError(f"--seq {asked} is longer than the model's {limit} learned positions.")
     return asked
 
 
-def _reach(maker: Maker) -> int | None:
+def reach(model: Any) -> int | None:
     """The longest text that the tables of positions allow; None where positions are computed.
 
     On meta nobody notices an index beyond a table, so that the limit must be known.
     """
-    spoken = maker.model.main_input_name not in ("input_ids", ["input_ids"])
+    spoken = model.main_input_name not in ("input_ids", ["input_ids"])
     limits = [
         module.num_embeddings
         - (module.padding_idx + 1 if module.padding_idx is not None else int(getattr(module, "offset", 0)))
-        for name, module in maker.model.named_modules()
+        for name, module in model.named_modules()
         if isinstance(module, nn.Embedding)
         and _POSITIONS.search(name)
         and not _OTHER_TOWER.search(name)
         and (not spoken or "decoder" in name or "text" in name)
     ]
-    said = None if spoken else token(maker.text, "max_position_embeddings")
+    said = None if spoken else token(part(model.config, TEXT_PARTS), "max_position_embeddings")
     if limits and said:  # some tables have rows to spare
         limits.append(said)
     return min(limits, default=None)

@@ -1,0 +1,262 @@
+"""Generation, run: a transformers model's prefill, and single tokens after a cache that a prefill has filled.
+
+Nothing of a model's kind is known here. The prompt runs (on meta it costs nothing) and whatever cache the model makes
+is handed back to it with one new token, whose operators are counted. No sequence is padded and no mask is given.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import torch
+
+from flopprof.counting.preserve import preserved
+from flopprof.counting.questions import failures
+from flopprof.counting.runtime import FlopCounter
+from flopprof.counting.values import carried, moved, needs_values
+from flopprof.errors import FlopprofError, ModelFailed, UsageError
+from flopprof.models.hf_cache import Held, Kept, allocated, cache_in, changed, held
+from flopprof.models.hf_config import load_transformers
+from flopprof.models.hf_inputs import make_inputs
+from flopprof.models.hf_maker import Maker, ids, reach
+from flopprof.models.hf_reads import Read, Reads
+from flopprof.models.inputs import first_line
+from flopprof.models.request import Request
+from flopprof.models.workload import Workload
+from flopprof.profile import Attention, Profile
+
+Logits = Literal["last", "every"]
+
+# Whatever of these a prefill was given, later tokens are given none of it: the cache holds what became of it.
+_ONLY_LAST = ("logits_to_keep", "num_logits_to_keep")
+
+
+@dataclass(frozen=True)
+class Step:
+    """One new token for each sequence of a batch, after `context` in the cache: its counts, and what it read.
+
+    kept: the cache that it found. reads: of the model's own tensors, by name.
+    """
+
+    context: int
+    batch: int
+    profile: Profile
+    kept: tuple[Kept, ...]
+    reads: Mapping[str, Read] = field(repr=False)
+    shapes: Mapping[str, tuple[int, ...]] = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Filled:
+    """What a prefill leaves: bytes of the memory that the cache holds at first, and the name of the cache's class."""
+
+    allocated: int
+    cache: str
+
+
+@dataclass(frozen=True)
+class Generator:
+    """A transformers model that generates, on the device that it is on; inputs of any batch and length are made for it.
+
+    request: sizes of pictures and sound; its batch and seq are replaced.
+    """
+
+    workload: Workload
+    request: Request
+    attention: Attention = "full"
+
+    @property
+    def model(self) -> Any:
+        """The model; torch's own type lacks what transformers' has."""
+        return self.workload.model
+
+    @property
+    def paired(self) -> bool:
+        """Is there an encoder, whose output the decoder reads through a cross-attention?"""
+        return bool(getattr(self.model.config, "is_encoder_decoder", False))
+
+    @property
+    def taken(self) -> Mapping[str, inspect.Parameter]:
+        """What `forward` takes, by name."""
+        return inspect.signature(self.model.forward).parameters
+
+    @property
+    def logits(self) -> Logits:
+        """Which of a prompt's positions the prefill makes logits of: generation asks for the last, where it can."""
+        return "last" if self.paired or any(name in self.taken for name in _ONLY_LAST) else "every"
+
+    @property
+    def reach(self) -> int | None:
+        """The longest text that learned positions allow; None where positions are computed."""
+        return reach(self.model)
+
+    @property
+    def dtype(self) -> str:
+        """Of the parameters, most of them."""
+        sizes: dict[torch.dtype, int] = {}
+        for parameter in self.model.parameters():
+            sizes[parameter.dtype] = sizes.get(parameter.dtype, 0) + parameter.numel()
+        return str(max(sizes, key=lambda dtype: sizes[dtype], default=torch.float32)).removeprefix("torch.")
+
+    @property
+    def weight_bytes(self) -> int:
+        """Of all parameters and persistent buffers, shared ones once."""
+        storages = {id(t): t for t in self.model.state_dict(keep_vars=True).values() if isinstance(t, torch.Tensor)}
+        return sum(tensor.numel() * tensor.element_size() for tensor in storages.values())
+
+    # --- what is run --------------------------------------------------------------------------------
+    def prompt(self, batch: int, length: int, source: int | None = None) -> Mapping[str, Any]:
+        """Arguments of a prefill: `length` tokens of text; of an encoder-decoder the decoder's, after `source` tokens."""
+        wanted = replace(self.request, batch=batch, seq=source if self.paired else length)
+        kwargs = dict(make_inputs(self.workload.model, wanted, self.workload.device).kwargs)
+        if self.paired:
+            maker = Maker(self.workload.model, wanted, self.workload.device)
+            kwargs["decoder_input_ids"] = ids(maker, batch, length)
+        kwargs["use_cache"] = True
+        kwargs.update({name: 1 for name in _ONLY_LAST if name in self.taken})
+        return kwargs
+
+    def prefill(self, batch: int, length: int, source: int | None = None, *, fold: bool | None = None) -> Profile:
+        """FLOPs of the prompt's one forward, which fills the cache. Raises ModelFailed."""
+        with _quiet():
+            kwargs = self.prompt(batch, length, source)
+            return replace(self.workload, args=(), kwargs=kwargs).count(attention=self.attention, fold=fold)
+
+    def filled(self, batch: int, length: int, source: int | None = None) -> Filled:
+        """The cache that a prefill leaves, before any token has followed. Raises ModelFailed, UsageError."""
+
+        def look(_values: bool) -> Filled:
+            _name, cache, _output = self._fill(batch, length, source)
+            return Filled(allocated(cache), type(cache).__name__)
+
+        return self._attempt(look)
+
+    def steps(self, batch: int, context: int, source: int | None = None, number: int = 1) -> list[Step]:
+        """Single tokens one after the other, the first after `context` in the cache. Raises ModelFailed, UsageError."""
+
+        def run(values: bool) -> list[Step]:
+            name, cache, output = self._fill(batch, context, source)
+            return list(self._follow(batch, context, number, name, cache, output, values=values))
+
+        return self._attempt(run)
+
+    # --- how ------------------------------------------------------------------------------------------
+    def _attempt(self, run: Callable[[bool], Any]) -> Any:
+        """Without values first, which is faster; with them where a question about values has failed."""
+        meta = self.workload.device == "meta"
+        failed = failures()
+        try:
+            with self._undisturbed():
+                found = run(False)
+            if not meta or failures() == failed:
+                return found
+        except Exception as error:
+            if not meta or not needs_values(error):
+                raise self._failure(error) from error
+        try:
+            with self._undisturbed(), carried(lambda _: None):  # each step's counter is told what was guessed
+                return run(True)
+        except Exception as error:
+            raise self._failure(error) from error
+
+    @contextmanager
+    def _undisturbed(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            stack.enter_context(_quiet())
+            stack.enter_context(preserved([self.workload.model]))
+            stack.enter_context(torch.no_grad())
+            yield
+
+    def _fill(self, batch: int, length: int, source: int | None) -> tuple[str, Any, Any]:
+        """(name of the argument, the cache, the output) of a prefill that is not counted."""
+        kwargs = dict(self.prompt(batch, length, source))
+        output = self.model(**(moved(kwargs) if self.workload.device == "meta" else kwargs))
+        found = cache_in(output)
+        if found is None:
+            raise UsageError(
+                f"{self.workload.name} ({type(self.workload.model).__name__}) keeps no cache between tokens: each new "
+                "token costs a forward of the whole text, which a count without --mode tells."
+            )
+        return (*found, output)
+
+    def _follow(
+        self, batch: int, context: int, number: int, name: str, cache: Any, output: Any, *, values: bool
+    ) -> Iterator[Step]:
+        given = self._next(batch, output)
+        for done in range(number):
+            before = list(held(cache))
+            counter, reads = FlopCounter(self.workload.model, attention=self.attention), Reads(self.workload.model)
+            with carried(counter.assume) if values else nullcontext(), reads, counter:
+                output = self.model(**given, **{name: cache})
+            found = cache_in(output)
+            if found is None:
+                raise UsageError(f"{self.workload.name} returns no cache after a token: how it goes on is not known.")
+            cache = found[1]
+            kept = changed(before, list(held(cache)), self._latent)
+            yield Step(context + done, batch, self._named(counter.profile, batch), kept, reads.reads, reads.shapes)
+
+    def _next(self, batch: int, output: Any) -> dict[str, Any]:
+        """Arguments for one new token of each sequence, besides the cache."""
+        token = torch.zeros(batch, 1, dtype=torch.int64, device=self.workload.device)
+        given: dict[str, Any] = {"decoder_input_ids" if self.paired else "input_ids": token, "use_cache": True}
+        if self.paired:
+            hidden = getattr(output, "encoder_last_hidden_state", None)
+            if hidden is not None and "encoder_outputs" in self.taken:
+                made = load_transformers().modeling_outputs.BaseModelOutput
+                given["encoder_outputs"] = made(last_hidden_state=hidden)
+        return given
+
+    def _named(self, profile: Profile, batch: int) -> Profile:
+        from msgspec.structs import replace as with_fields
+
+        said = (*profile.assumptions, *self.workload.assumptions)
+        return with_fields(profile, target=self.workload.name, tokens=batch, samples=batch, assumptions=said)
+
+    @property
+    def _latent(self) -> frozenset[int]:
+        """Widths of the compressed entries that multi-head latent attention keeps (DeepSeek-V2, arXiv 2405.04434)."""
+        text = Maker(self.workload.model, self.request, self.workload.device).text
+        if not isinstance(getattr(text, "kv_lora_rank", None), int):
+            return frozenset()
+        ranks = (getattr(text, name, None) for name in ("kv_lora_rank", "qk_rope_head_dim"))
+        widths = [rank for rank in ranks if isinstance(rank, int)]
+        return frozenset([*widths, sum(widths)])
+
+    def _failure(self, error: Exception) -> Exception:
+        if isinstance(error, FlopprofError):
+            return error
+        return ModelFailed(
+            f"{self.workload.name} failed to go on from its own cache: {type(error).__name__}: {first_line(error)} "
+            "See the whole error with --traceback."
+        )
+
+
+def generator(workload: Workload, request: Request, attention: Attention = "full") -> Generator:
+    """What runs the workload's model as generation does. Raises UsageError for a model that does not generate."""
+    can = getattr(workload.model, "can_generate", None)
+    if can is None or not hasattr(workload.model, "config"):
+        raise UsageError(
+            f"--mode is for Hugging Face models that generate text: {workload.name} is "
+            f"a {type(workload.model).__name__}."
+        )
+    if not can():
+        raise UsageError(
+            f"{workload.name} is a {type(workload.model).__name__}, which generates no text: leave --mode out."
+        )
+    return Generator(workload, request, attention)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """transformers tells of kernels that are not installed; a count needs none."""
+    logging = load_transformers().logging
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)

@@ -1,0 +1,186 @@
+"""Which of a model's parameters and buffers one call reads, how much of each, and which of them are experts'."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+_LOOKUPS = frozenset({"aten::embedding", "aten::index_select", "aten::index", "aten::gather", "aten::embedding_bag"})
+_SEQUENCES = (list, tuple)
+
+
+@dataclass(frozen=True)
+class Routed:
+    """Weights of which each token takes `chosen` of `experts`, `n_bytes` each."""
+
+    experts: int
+    chosen: int
+    n_bytes: int
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What a step reads of the model's own tensors: `n_bytes` whatever the batch, rows looked up, and experts.
+
+    looked_up: bytes of the rows that each token of the batch looks up in an embedding.
+    """
+
+    n_bytes: int
+    looked_up: int
+    routed: tuple[Routed, ...] = ()
+
+
+@dataclass
+class Read:
+    """Reads of one parameter: whole calls, slices of it by their place, rows, and rows of a grouped product."""
+
+    shape: tuple[int, ...]
+    itemsize: int
+    whole: int = 0  # elements
+    slices: dict[int, int] = field(default_factory=dict)  # place of the slice -> elements
+    rows: int = 0  # elements
+    grouped: list[int] = field(default_factory=list)  # rows of each grouped product
+
+    @property
+    def each(self) -> int:
+        """Bytes of one expert's share of a stack."""
+        count = self.itemsize
+        for size in self.shape[1:]:
+            count *= size
+        return count
+
+
+class Reads(TorchDispatchMode):
+    """Notes, while it is active, which elements of a model's parameters and buffers operators read."""
+
+    supports_higher_order_operators = True
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._names: dict[int, str] = {}
+        self._tensors: dict[str, torch.Tensor] = {}
+        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+            if tensor.numel():
+                self._names.setdefault(tensor.untyped_storage()._cdata, name)
+                self._tensors.setdefault(name, tensor)
+        self.reads: dict[str, Read] = {}
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of all that can be read."""
+        return {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """True, as for the counter."""
+        return True
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if not _is_view(func):
+            self._note(func, args, kwargs or {}, out)
+        return out
+
+    def _note(self, func: Any, args: Any, kwargs: Mapping[str, Any], out: Any) -> None:
+        schema = getattr(func, "_schema", None)
+        name = schema.name if schema is not None else ""
+        for tensor in _tensors((*args, *kwargs.values())):
+            try:
+                key = self._names.get(tensor.untyped_storage()._cdata)
+            except (RuntimeError, NotImplementedError):  # sparse, nested
+                continue
+            if key is None:
+                continue
+            own = self._tensors[key]
+            read = self.reads.setdefault(key, Read(tuple(own.shape), own.element_size()))
+            if name in _LOOKUPS:
+                read.rows += out.numel() if isinstance(out, torch.Tensor) else tensor.numel()
+            elif "grouped_mm" in name and tensor.dim() == 3:
+                read.grouped.append(args[0].shape[0])
+            elif own.dim() == 3 and _elements(tensor) * own.shape[0] == own.numel():
+                read.slices[tensor.storage_offset()] = _elements(tensor)
+            else:
+                read.whole += _elements(tensor)
+
+
+def weights(one: Mapping[str, Read], many: Mapping[str, Read], shapes: Mapping[str, tuple[int, ...]]) -> Weights:
+    """What a step reads, told from one of a single token and one of more tokens, of which each takes its experts.
+
+    shapes  of all that the model has. Experts are stacks of which a grouped product or a lookup takes some, slices of
+            a stack of which not all were used, and siblings (`experts.0`, `experts.1`) of which more tokens used more.
+    """
+    n_bytes = looked_up = 0
+    routed: dict[tuple[int, int], int] = {}
+
+    def route(experts: int, chosen: int, each: int) -> None:
+        routed[experts, chosen] = routed.get((experts, chosen), 0) + each
+
+    groups = _siblings(one, many, shapes)
+    apart = {name for names in groups for name in names}
+    for name, read in one.items():
+        if name in apart:
+            continue
+        n_bytes += read.whole * read.itemsize
+        if 0 < len(read.slices) < read.shape[0]:
+            route(read.shape[0], len(read.slices), read.each)
+        else:
+            n_bytes += sum(read.slices.values()) * read.itemsize
+        for rows in read.grouped:
+            route(read.shape[0], min(rows, read.shape[0]), read.each)
+        if read.rows and len(read.shape) == 3:
+            route(read.shape[0], min(read.rows * read.itemsize // read.each, read.shape[0]), read.each)
+        else:
+            looked_up += read.rows * read.itemsize
+    for names in groups:
+        used = [one[name] for name in names if name in one]
+        route(len(names), len(used), max(read.whole * read.itemsize for read in used))
+    rows = tuple(Routed(experts, chosen, each) for (experts, chosen), each in sorted(routed.items()))
+    return Weights(n_bytes, looked_up, rows)
+
+
+def _siblings(
+    one: Mapping[str, Read], many: Mapping[str, Read], shapes: Mapping[str, tuple[int, ...]]
+) -> list[tuple[str, ...]]:
+    """Names that differ in one number only, of one shape, some of which a token used, and more of which more tokens."""
+    groups: dict[tuple[str, ...], list[str]] = {}
+    for name in shapes:
+        parts = name.split(".")
+        for place, part in enumerate(parts):
+            pattern = re.sub(r"\d+", "*", part, count=1)
+            if pattern != part:
+                groups.setdefault((*parts[:place], pattern, *parts[place + 1 :]), []).append(name)
+    found = []
+    for names in groups.values():
+        used, more = ([name for name in names if name in reads] for reads in (one, many))
+        if 0 < len(used) < len(more) and len({shapes[name] for name in names}) == 1:
+            found.append(tuple(names))
+    return found
+
+
+def _tensors(values: Iterable[Any]) -> Iterable[torch.Tensor]:
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif type(value) in _SEQUENCES:
+            yield from _tensors(value)
+
+
+def _elements(tensor: torch.Tensor) -> int:
+    """Elements that lie in memory: an expanded dimension reads the same ones again."""
+    count = 1
+    for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
+        count *= size if stride else 1
+    return count
+
+
+def _is_view(func: Any) -> bool:
+    """Does it only look at its operand another way?"""
+    if getattr(func, "is_view", False):
+        return True
+    returns = getattr(getattr(func, "_schema", None), "returns", ())
+    return bool(returns) and all(item.alias_info is not None and not item.alias_info.is_write for item in returns)
