@@ -13,6 +13,7 @@ import flopprof
 from flopprof.cli.count import count
 from flopprof.cli.crosscheck import crosscheck
 from flopprof.cli.models import models
+from flopprof.cli.peaks import peaks
 from flopprof.cli.reconcile import reconcile
 from flopprof.errors import FlopprofError
 
@@ -66,6 +67,7 @@ app.command(epilog=_EXAMPLES)(count)
 app.command(epilog="Example:\n\nflopprof reconcile vit_b_16 --backward --frozen 'encoder.layers.*'")(reconcile)
 app.command(epilog="Example:\n\nflopprof crosscheck resnet50 --backward")(crosscheck)
 app.command(epilog="Example:\n\nflopprof models llama")(models)
+app.command(epilog="Examples:\n\nflopprof peaks H100\n\nflopprof peaks --measure --dtype bf16")(peaks)
 
 
 def main() -> None:

@@ -20,16 +20,32 @@ _NO_CPU = (
 def detected(where: str | torch.device | None) -> Device:
     """The row of a torch device (None: the accelerator that is here, else the CPU). Raises UnknownDevice."""
     device = here(where)
-    if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
-        return reported(properties.name, units=properties.multi_processor_count)
-    if device.type == "mps":
-        return reported(torch.backends.mps.get_name(), units=torch.backends.mps.get_core_count())
-    if device.type == "xpu":
-        return reported(torch.xpu.get_device_name(device))
     if device.type == "cpu":
         raise UnknownDevice(_NO_CPU)
-    raise UnknownDevice(f"no peak is known of torch's device {device.type!r}: pass peak=... in FLOP/s.")
+    return reported(name_of(device), **_seen(device))
+
+
+def name_of(device: torch.device) -> str:
+    """The name that the driver of an accelerator reports. Raises UnknownDevice where torch has no way to ask."""
+    if device.type == "mps":
+        return str(torch.backends.mps.get_name())
+    ask = getattr(getattr(torch, device.type, None), "get_device_name", None)
+    if ask is None:
+        raise UnknownDevice(f"torch cannot name its device {device.type!r}: pass peak=... in FLOP/s.")
+    return str(ask(device))
+
+
+def _seen(device: torch.device) -> dict[str, int]:
+    """What tells a device from its parts and sisters: compute units and memory, where torch knows them."""
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        return {"units": properties.multi_processor_count, "memory_bytes": properties.total_memory}
+    if device.type == "mps":
+        return {"units": torch.backends.mps.get_core_count()}
+    if device.type == "xpu":
+        properties = torch.xpu.get_device_properties(device)
+        return {"units": properties.max_compute_units, "memory_bytes": properties.total_memory}
+    return {}
 
 
 def here(where: str | torch.device | None) -> torch.device:

@@ -51,6 +51,7 @@ class EnergyCounter:
         self._nvml = nvml
         self._gpus = gpus
         self._open = True
+        self._lost = False
 
     @property
     def restarts(self) -> int:
@@ -59,12 +60,14 @@ class EnergyCounter:
 
     def per_gpu(self) -> tuple[float, ...] | None:
         """Joules of each GPU so far; None once a GPU can no longer be read."""
-        if self._open:
+        if self._open and not self._lost:
             try:
                 for gpu in self._gpus:
                     gpu.read()
             except self._nvml.NVMLError:
-                return None
+                self._lost = True
+        if self._lost:
+            return None
         return tuple(gpu.drawn_mj / _MILLI for gpu in self._gpus)
 
     def joules(self) -> float | None:

@@ -8,18 +8,17 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from flopprof.errors import NoPeak, UsageError
-from flopprof.hardware.detect import here
-from flopprof.hardware.table import Peak, canonical
+from flopprof.hardware.detect import here, name_of
+from flopprof.hardware.sweep import Measurement, Shape, Timing
+from flopprof.hardware.table import canonical
 
 Clock = Callable[[], float]
-Shape = tuple[int, int, int]  # (m, k) @ (k, n)
 
 REPETITIONS = 20
 SECONDS = 1.0
@@ -31,65 +30,6 @@ _SQUARES = {"cpu": (256, 512, 1024, 2048, 4096), "mps": (1024, 2048, 4096, 8192)
 _SQUARES_ELSEWHERE = (1024, 2048, 4096, 8192, 16384)
 _OBLONG = ((8192, 8192, 2048), (8192, 4096, 16384))  # a thin summed dimension; the up-projection of a decoder
 _FLOAT8 = "float8_e4m3fn"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Timing:
-    """One shape: the median of its repetitions in seconds, and half of them lie within q1_s and q3_s."""
-
-    shape: Shape
-    repetitions: int
-    median_s: float
-    q1_s: float
-    q3_s: float
-
-    @property
-    def flops(self) -> int:
-        """2 m k n."""
-        m, k, n = self.shape
-        return 2 * m * k * n
-
-    @property
-    def flops_per_s(self) -> float:
-        """FLOP/s of the median repetition."""
-        return self.flops / self.median_s
-
-    @property
-    def spread(self) -> float:
-        """Interquartile range over the median: 0.02 says that half of the runs lie within 2 %."""
-        return (self.q3_s - self.q1_s) / self.median_s
-
-
-@dataclass(frozen=True, kw_only=True)
-class Measurement:
-    """What one device reached in one dtype, shape by shape, in the order in which they ran."""
-
-    device: str
-    dtype: str
-    timings: tuple[Timing, ...]
-    torch_version: str
-    threads: int | None
-    date: str
-
-    @property
-    def best(self) -> Timing:
-        """The shape with the highest FLOP/s."""
-        return max(self.timings, key=lambda timing: timing.flops_per_s)
-
-    @property
-    def peak(self) -> Peak:
-        """The best shape as a Peak, labelled as measured."""
-        best = self.best
-        threads = "" if self.threads is None else f", {self.threads} threads"
-        return Peak(
-            device=self.device,
-            dtype=self.dtype,
-            flops_per_s=round(best.flops_per_s),
-            measured=True,
-            source=f"measured: {' x '.join(map(str, best.shape))}, median of {best.repetitions} runs, "
-            f"torch {self.torch_version}{threads}",
-            date=self.date,
-        )
 
 
 def measure(
@@ -252,13 +192,7 @@ def _wait(place: torch.device) -> None:
 
 
 def _device_name(place: torch.device) -> str:
-    if place.type == "cuda":
-        return torch.cuda.get_device_name(place)
-    if place.type == "mps":
-        return str(torch.backends.mps.get_name())
-    if place.type == "xpu":
-        return torch.xpu.get_device_name(place)
-    return _processor()
+    return _processor() if place.type == "cpu" else name_of(place)
 
 
 def _processor() -> str:

@@ -12,6 +12,8 @@ from flopprof.hardware.table import Device, devices
 # Drivers have dropped and added the maker's name over the years; it tells no two devices apart.
 _MAKERS = (("nvidia",), ("amd",), ("intel", "r"), ("intel",))
 _SUGGESTED = 4
+_GIGA, _GIBI = 10**9, 2**30
+_LEAST, _MOST = 0.85, 1.08
 
 
 def typed(name: str) -> Device:
@@ -27,22 +29,37 @@ def typed(name: str) -> Device:
     )
 
 
-def reported(name: str, *, units: int | None = None) -> Device:
+def reported(name: str, *, units: int | None = None, memory_bytes: int | None = None) -> Device:
     """The row of the exact name that a driver reports; never an alias. Raises UnknownDevice.
 
-    units: its multiprocessors, compute units or cores; a row that states another number is not this device.
+    units, memory_bytes: what the driver reports beside the name. A row that states another number of units, or quite
+    another memory, is not this device: it is a part of it, or a sister of the same name.
     """
-    found = _reported().get(tokens(name))
-    if found is None:
-        raise UnknownDevice(
-            f"no peak is known of {name!r}: pass peak=... in FLOP/s, or measure it with `flopprof peaks --measure`."
-        )
-    if found.units is not None and units is not None and units != found.units:
-        raise UnknownDevice(
-            f"no peak is known of {name!r} with {units} compute units; {found.name} has {found.units}: pass peak=... "
-            "in FLOP/s, or measure it with `flopprof peaks --measure`."
-        )
-    return found
+    rows = _reported().get(tokens(name), ())
+    found = [row for row in rows if units in (None, row.units or units) and _holds(row, memory_bytes)]
+    if len(found) == 1:
+        return found[0]
+    told = [f"{units} compute units"] if units is not None else []
+    told += [f"{memory_bytes / _GIBI:.0f} GiB"] if memory_bytes is not None else []
+    reason = f" with {' and '.join(told)} ({'; '.join(map(_told, rows))})" if rows and told else ""
+    part = " (a slice of a GPU)" if "mig" in tokens(name) else ""
+    raise UnknownDevice(
+        f"no peak is known of {name!r}{part}{reason}: pass peak=... in FLOP/s, or measure it with "
+        "`flopprof peaks --measure`."
+    )
+
+
+def _holds(row: Device, memory_bytes: int | None) -> bool:
+    """Whether the memory seen is the row's: drivers keep up to a tenth for themselves, and vendors print GiB as GB."""
+    if memory_bytes is None or row.memory_bytes is None:
+        return True
+    return _LEAST <= memory_bytes / (row.memory_bytes // _GIGA * _GIBI) <= _MOST
+
+
+def _told(row: Device) -> str:
+    memory = "" if row.memory_bytes is None else f" {row.memory_bytes // _GIGA} GB"
+    units = "" if row.units is None else f" {row.units} units"
+    return f"{row.name}:{units}{',' if units and memory else ''}{memory}"
 
 
 def tokens(name: str) -> tuple[str, ...]:
@@ -55,11 +72,15 @@ def tokens(name: str) -> tuple[str, ...]:
 
 
 @functools.cache
-def _reported() -> dict[tuple[str, ...], Device]:
-    return {tokens(name): row for row in devices() for name in row.detect}
+def _reported() -> dict[tuple[str, ...], tuple[Device, ...]]:
+    table: dict[tuple[str, ...], tuple[Device, ...]] = {}
+    for row in devices():
+        for key in {tokens(name) for name in row.detect}:
+            table[key] = (*table.get(key, ()), row)
+    return table
 
 
 @functools.cache
 def _typed() -> dict[tuple[str, ...], Device]:
-    table = {tokens(name): row for row in devices() for name in (row.id, row.name, *row.alias)}
-    return _reported() | table
+    names = {tokens(name): row for row in devices() for name in (row.id, row.name, *row.alias)}
+    return {key: rows[0] for key, rows in _reported().items() if len(rows) == 1} | names

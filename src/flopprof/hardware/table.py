@@ -98,6 +98,13 @@ class Device:
             date=self.date,
         )
 
+    def has(self, dtype: object) -> bool:
+        """Whether the device has a peak in `dtype`."""
+        try:
+            return bool(self.column(dtype))
+        except NoPeak:
+            return False
+
     def column(self, dtype: object = None) -> str:
         """The key of `peaks` that operands of `dtype` use; None: the dtype that mixed precision trains in."""
         if dtype is None:
