@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from flopprof.counting.values import carried, needs_values
-from flopprof.errors import FlopprofError, InvalidCheckpoint, ModelFailed
-from flopprof.models import hf_hub
+from flopprof.errors import FlopprofError, InvalidCheckpoint, ModelFailed, UsageError
+from flopprof.models import hf_flash, hf_hub
 from flopprof.models.checkpoint import compare
 from flopprof.models.hf_config import CONFIG, Architecture, architecture, load_transformers, read_config, reason
 from flopprof.models.hf_inputs import make_inputs
@@ -73,6 +73,12 @@ def _on(
 ) -> Workload:
     with _alone(trusted=request.trust_remote_code):
         model = _built(found, target, device, request)
+        notes = []
+        if request.attn == "flash":
+            hf_flash.require_half(_dtype(model), target)
+            if not hf_flash.installed():
+                hf_flash.complete(model)
+                notes.append(hf_flash.NOTE)
         if request.inputs:
             args = request.tensors(device)
             inputs = Inputs({}, tokens_in(args, {}), samples_in(args[0]) or 1)
@@ -93,7 +99,7 @@ def _on(
         device=device,
         tokens=inputs.tokens,
         samples=inputs.samples,
-        assumptions=(*found.assumptions, *inputs.assumptions),
+        assumptions=(*found.assumptions, *inputs.assumptions, *notes),
         checkpoint=checkpoint,
         on_cpu=partial(_on, "cpu", target, found, stored, facts, request)
         if request.device is None and device == "meta" and _bytes(model) <= _MOST_REAL_BYTES
@@ -105,14 +111,22 @@ def _bytes(model: nn.Module) -> int:
     return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
 
 
+def _dtype(model: nn.Module) -> torch.dtype:
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.get_default_dtype())
+
+
 def _built(found: Architecture, target: str, device: str, request: Request) -> nn.Module:
     """The model, tied and in eval (or train) mode. On meta it is built there, or not at all: it may be of any size."""
     arguments: dict[str, Any] = {} if request.dtype is None else {"dtype": request.dtype}
+    flash = request.attn == "flash"
     if request.attn is not None:
-        arguments["attn_implementation"] = request.attn
+        arguments["attn_implementation"] = "flash_attention_2" if flash else request.attn
     make = partial(found.cls._from_config, found.config, **arguments)
     try:
-        with undisturbed_random_state():
+        with (
+            undisturbed_random_state(),
+            hf_flash.standing_in() if flash and not hf_flash.installed() else nullcontext(),
+        ):
             model = _on_meta(make) if device == "meta" else make()
             placed: nn.Module = model.to(device=device, dtype=request.dtype).train(request.train)
             return placed
@@ -121,6 +135,9 @@ def _built(found: Architecture, target: str, device: str, request: Request) -> n
     except ImportError as error:
         raise ModelFailed(f"{target} needs a package that is not installed: {reason(error)}") from error
     except Exception as error:  # whatever a model's constructor raises about its sizes
+        if request.attn is not None and "ttention" in str(error) and isinstance(error, ValueError):
+            sentence = reason(error).partition(" yet")[0]
+            raise UsageError(f"{target} cannot be built with --attn {request.attn}: {sentence}.") from error
         raise ModelFailed(
             f"{target} could not be built as {found.cls.__name__}: {type(error).__name__}: {reason(error)}"
         ) from error

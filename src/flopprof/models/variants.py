@@ -13,9 +13,12 @@ from torch.utils.checkpoint import checkpoint as replayed
 
 from flopprof.errors import UsageError
 from flopprof.models.adapters import Lora, add_adapters
+from flopprof.models.inputs import first_line
 from flopprof.models.workload import Workload
 
 Checkpointing = Literal["non-reentrant", "reentrant"]
+
+_FORMER, _ADAPTED = "gradient_checkpointing_enable", "_hf_peft_config_loaded"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +39,7 @@ class Variants:
         for pattern in self.frozen:
             freeze(model, pattern)
         if self.checkpointing is not None:
-            checkpoint(model, self.checkpointing)
+            checkpoint(model, self.checkpointing, adapted=self.lora is not None)
 
 
 def varied(workload: Workload, vary: Callable[[nn.Module], None]) -> Workload:
@@ -63,20 +66,27 @@ def freeze(model: nn.Module, pattern: str) -> None:
         parameter.requires_grad_(False)
 
 
-def checkpoint(model: nn.Module, kind: Checkpointing) -> None:
+def checkpoint(model: Any, kind: Checkpointing, *, adapted: bool = False) -> None:
     """What the backward needs is computed again in it: by a transformers model's own switch, else block by block.
 
-    transformers checkpoints in training mode only, so that the model is put into it. Raises UsageError.
+    transformers checkpoints in training mode only, so that the model is put into it. adapted: the model has adapters,
+    behind a first block whose input would want no gradient. Raises UsageError.
     """
-    own: Any = getattr(model, "activation_checkpointing_enable", None)  # since 5.20, for gradient_checkpointing_enable
-    own = own or getattr(model, "gradient_checkpointing_enable", None)
+    # gradient_checkpointing_enable is what it was called before 5.20
+    own = getattr(model, "activation_checkpointing_enable", None) or getattr(model, _FORMER, None)
     if own is None:
         checkpoint_blocks(model, kind)
         return
+    told = getattr(model, _ADAPTED, None)
     try:
+        if adapted and told is not None:  # by this it lets that input want one, as in its own training
+            setattr(model, _ADAPTED, True)
         own({"use_reentrant": kind == "reentrant"})
     except ValueError as error:
-        raise UsageError(f"--checkpointing: {type(model).__name__} has no activation checkpointing: {error}") from error
+        raise UsageError(f"--checkpointing: {first_line(error)}") from error
+    finally:
+        if told is not None:
+            setattr(model, _ADAPTED, told)
     model.train()
 
 
