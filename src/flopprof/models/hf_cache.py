@@ -6,7 +6,7 @@ Nothing is known of a cache's class: it is searched for tensors, and what one mo
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -118,7 +118,7 @@ def allocated(cache: Any) -> int:
 
 
 def changed(before: list[Held], after: list[Held], latent: frozenset[int]) -> tuple[Kept, ...]:
-    """What one step did to each tensor that it found; latent: the widths that a compressed entry of a token can have."""
+    """What one step did to each tensor that it found; latent: widths that a compressed entry of a token can have."""
     later = {item.path: item for item in after}
     return tuple(_changed(item, later.get(item.path), latent) for item in before)
 
@@ -162,3 +162,40 @@ def _kind(item: Held, *, grown: bool, latent: bool) -> Kind:
     if grown:
         return "latent" if latent else "attention"
     return "state"
+
+
+# Layers of transformers' own of which it is known what n more tokens make of them. A class that is derived from one of
+# these may keep something else.
+_GROWING = frozenset({"DynamicLayer", "LinearAttentionAndFullAttentionLayer"})
+_SLIDING = frozenset({"DynamicSlidingWindowLayer", "LinearAttentionAndSlidingWindowAttentionLayer"})
+_RECURRENT = "LinearAttention"
+
+
+def recurrent(cache: Any) -> bool:
+    """Is it transformers' own, of known layers, some of which keep a state of one size however long the text is?"""
+    layers = getattr(cache, "layers", None)
+    if not _own(cache, {"DynamicCache"}) or not isinstance(layers, list):
+        return False
+    known = {*_GROWING, *_SLIDING, "LinearAttentionLayer", "DummyLayer"}
+    return all(_own(layer, known) for layer in layers) and any(_RECURRENT in type(layer).__name__ for layer in layers)
+
+
+def lengthen(cache: Any, tokens: int) -> None:
+    """Make a recurrent cache what it would be after so many more tokens of text: empty keys and values, longer."""
+    for layer in cache.layers:
+        name, keys = type(layer).__name__, getattr(layer, "keys", None)
+        if name in _SLIDING:
+            layer.cumulative_length += tokens
+        if name not in _GROWING | _SLIDING or not isinstance(keys, torch.Tensor):
+            continue
+        most = layer.sliding_window - 1 if name in _SLIDING else None
+        layer.keys, layer.values = (_longer(tensor, tokens, most) for tensor in (keys, layer.values))
+
+
+def _longer(tensor: torch.Tensor, tokens: int, most: int | None) -> torch.Tensor:
+    length = tensor.shape[-2] + tokens
+    return tensor.new_empty((*tensor.shape[:-2], length if most is None else min(length, most), tensor.shape[-1]))
+
+
+def _own(value: Any, names: Collection[str]) -> bool:
+    return type(value).__module__ == "transformers.cache_utils" and type(value).__name__ in names

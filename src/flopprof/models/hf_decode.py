@@ -10,7 +10,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 
@@ -19,7 +19,7 @@ from flopprof.counting.questions import failures
 from flopprof.counting.runtime import FlopCounter
 from flopprof.counting.values import carried, moved, needs_values
 from flopprof.errors import FlopprofError, ModelFailed, UsageError
-from flopprof.models.hf_cache import Held, Kept, allocated, cache_in, changed, held
+from flopprof.models.hf_cache import Held, Kept, allocated, cache_in, changed, held, lengthen, recurrent
 from flopprof.models.hf_config import load_transformers
 from flopprof.models.hf_inputs import make_inputs
 from flopprof.models.hf_maker import Maker, ids, reach
@@ -29,9 +29,10 @@ from flopprof.models.request import Request
 from flopprof.models.workload import Workload
 from flopprof.profile import Attention, Profile
 
+T = TypeVar("T")
 Logits = Literal["last", "every"]
 
-# Whatever of these a prefill was given, later tokens are given none of it: the cache holds what became of it.
+_SHORT = (24, 40)  # prompts of which one, lengthened, must be the other
 _ONLY_LAST = ("logits_to_keep", "num_logits_to_keep")
 
 
@@ -52,10 +53,11 @@ class Step:
 
 @dataclass(frozen=True)
 class Filled:
-    """What a prefill leaves: bytes of the memory that the cache holds at first, and the name of the cache's class."""
+    """What a prefill leaves and read: bytes of memory that the cache's tensors lie in, its class, and reads by name."""
 
     allocated: int
     cache: str
+    reads: Mapping[str, Read] = field(repr=False)
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,7 @@ class Generator:
 
     # --- what is run --------------------------------------------------------------------------------
     def prompt(self, batch: int, length: int, source: int | None = None) -> Mapping[str, Any]:
-        """Arguments of a prefill: `length` tokens of text; of an encoder-decoder the decoder's, after `source` tokens."""
+        """Arguments of a prefill: `length` tokens of text; of an encoder-decoder the decoder's, and `source` tokens."""
         wanted = replace(self.request, batch=batch, seq=source if self.paired else length)
         kwargs = dict(make_inputs(self.workload.model, wanted, self.workload.device).kwargs)
         if self.paired:
@@ -130,8 +132,9 @@ class Generator:
         """The cache that a prefill leaves, before any token has followed. Raises ModelFailed, UsageError."""
 
         def look(_values: bool) -> Filled:
-            _name, cache, _output = self._fill(batch, length, source)
-            return Filled(allocated(cache), type(cache).__name__)
+            with Reads(self.workload.model) as reads:
+                _name, cache, _output = self._at(batch, length, source)
+            return Filled(allocated(cache), type(cache).__name__, reads.reads)
 
         return self._attempt(look)
 
@@ -139,13 +142,13 @@ class Generator:
         """Single tokens one after the other, the first after `context` in the cache. Raises ModelFailed, UsageError."""
 
         def run(values: bool) -> list[Step]:
-            name, cache, output = self._fill(batch, context, source)
+            name, cache, output = self._at(batch, context, source)
             return list(self._follow(batch, context, number, name, cache, output, values=values))
 
         return self._attempt(run)
 
     # --- how ------------------------------------------------------------------------------------------
-    def _attempt(self, run: Callable[[bool], Any]) -> Any:
+    def _attempt(self, run: Callable[[bool], T]) -> T:
         """Without values first, which is faster; with them where a question about values has failed."""
         meta = self.workload.device == "meta"
         failed = failures()
@@ -182,6 +185,28 @@ class Generator:
                 "token costs a forward of the whole text, which a count without --mode tells."
             )
         return (*found, output)
+
+    def _at(self, batch: int, context: int, source: int | None) -> tuple[str, Any, Any]:
+        """As _fill; of a recurrent model, which runs a prompt token by token, from a short prompt where that is proved.
+
+        The proof: of two short prompts, one lengthened is the other, tensor by tensor.
+        """
+        least, more = _SHORT
+        if context <= more or self.paired or not self._text_alone:
+            return self._fill(batch, context, source)
+        name, cache, output = self._fill(batch, least, source)
+        if not recurrent(cache):
+            return self._fill(batch, context, source)
+        lengthen(cache, more - least)
+        _name, longer, _output = self._fill(batch, more, source)
+        if [_outline(item) for item in held(cache)] != [_outline(item) for item in held(longer)]:
+            return self._fill(batch, context, source)
+        lengthen(longer, context - more)
+        return name, longer, output
+
+    @property
+    def _text_alone(self) -> bool:
+        return not any(isinstance(v, torch.Tensor) for k, v in self.workload.kwargs.items() if k != "input_ids")
 
     def _follow(
         self, batch: int, context: int, number: int, name: str, cache: Any, output: Any, *, values: bool
@@ -233,6 +258,10 @@ class Generator:
             f"{self.workload.name} failed to go on from its own cache: {type(error).__name__}: {first_line(error)} "
             "See the whole error with --traceback."
         )
+
+
+def _outline(item: Held) -> tuple[Any, ...]:
+    return item.path, item.shape, item.dtype, item.window
 
 
 def generator(workload: Workload, request: Request, attention: Attention = "full") -> Generator:

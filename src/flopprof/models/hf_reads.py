@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,12 +27,13 @@ class Routed:
 class Weights:
     """What a step reads of the model's own tensors: `n_bytes` whatever the batch, rows looked up, and experts.
 
-    looked_up: bytes of the rows that each token of the batch looks up in an embedding.
+    looked_up: bytes of the rows that each token of the batch looks up. stacks: names of the tensors of experts.
     """
 
     n_bytes: int
     looked_up: int
     routed: tuple[Routed, ...] = ()
+    stacks: frozenset[str] = frozenset()
 
 
 @dataclass
@@ -103,7 +104,7 @@ class Reads(TorchDispatchMode):
             elif "grouped_mm" in name and tensor.dim() == 3:
                 read.grouped.append(args[0].shape[0])
             elif own.dim() == 3 and _elements(tensor) * own.shape[0] == own.numel():
-                read.slices[tensor.storage_offset()] = _elements(tensor)
+                read.slices[int(tensor.storage_offset())] = _elements(tensor)
             else:
                 read.whole += _elements(tensor)
 
@@ -113,34 +114,36 @@ def weights(one: Mapping[str, Read], many: Mapping[str, Read], shapes: Mapping[s
 
     shapes  of all that the model has. Experts are stacks of which a grouped product or a lookup takes some, slices of
             a stack of which not all were used, and siblings (`experts.0`, `experts.1`) of which more tokens used more.
+            Of a table of which each token looks up several rows (experts' biases) the rows are shared out alike.
     """
-    n_bytes = looked_up = 0
     routed: dict[tuple[int, int], int] = {}
+    stacks: set[str] = set()
 
-    def route(experts: int, chosen: int, each: int) -> None:
+    def route(experts: int, chosen: int, each: int, *names: str) -> None:
         routed[experts, chosen] = routed.get((experts, chosen), 0) + each
+        stacks.update(names)
 
-    groups = _siblings(one, many, shapes)
-    apart = {name for names in groups for name in names}
-    for name, read in one.items():
-        if name in apart:
-            continue
-        n_bytes += read.whole * read.itemsize
-        if 0 < len(read.slices) < read.shape[0]:
-            route(read.shape[0], len(read.slices), read.each)
-        else:
-            n_bytes += sum(read.slices.values()) * read.itemsize
-        for rows in read.grouped:
-            route(read.shape[0], min(rows, read.shape[0]), read.each)
-        if read.rows and len(read.shape) == 3:
-            route(read.shape[0], min(read.rows * read.itemsize // read.each, read.shape[0]), read.each)
-        else:
-            looked_up += read.rows * read.itemsize
-    for names in groups:
+    for names in _siblings(one, many, shapes):
         used = [one[name] for name in names if name in one]
-        route(len(names), len(used), max(read.whole * read.itemsize for read in used))
-    rows = tuple(Routed(experts, chosen, each) for (experts, chosen), each in sorted(routed.items()))
-    return Weights(n_bytes, looked_up, rows)
+        route(len(names), len(used), max(read.whole * read.itemsize for read in used), *names)
+    for name, read in one.items():
+        if name in stacks:
+            continue
+        if 0 < len(read.slices) < read.shape[0]:
+            route(read.shape[0], len(read.slices), read.each, name)
+        for rows in read.grouped:
+            route(read.shape[0], min(rows, read.shape[0]), read.each, name)
+        if read.each and read.rows * read.itemsize > read.each:
+            route(read.shape[0], min(read.rows * read.itemsize // read.each, read.shape[0]), read.each, name)
+    shares = tuple(Routed(experts, chosen, each) for (experts, chosen), each in sorted(routed.items()))
+    return Weights(*plain(one, stacks), shares, frozenset(stacks))
+
+
+def plain(reads: Mapping[str, Read], stacks: Collection[str]) -> tuple[int, int]:
+    """(bytes, bytes of rows looked up) of everything but the experts' stacks."""
+    kept = [read for name, read in reads.items() if name not in stacks]
+    n_bytes = sum((read.whole + sum(read.slices.values())) * read.itemsize for read in kept)
+    return n_bytes, sum(read.rows * read.itemsize for read in kept)
 
 
 def _siblings(
