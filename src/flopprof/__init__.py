@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from flopprof.hardware import measure_peak as measure_peak
     from flopprof.hardware import peak as peak
     from flopprof.ledger import reconcile as reconcile
+    from flopprof.meter import Meter as Meter
     from flopprof.models import Workload as Workload
     from flopprof.models import load as load
     from flopprof.profile import Profile as Profile
@@ -35,6 +36,7 @@ _HOME = {
     "measure_peak": "flopprof.hardware",
     "peak": "flopprof.hardware",
     "reconcile": "flopprof.ledger",
+    "Meter": "flopprof.meter",
     "Workload": "flopprof.models",
     "load": "flopprof.models",
     "Profile": "flopprof.profile",
@@ -43,6 +45,7 @@ __all__ = [
     "Cost",
     "FlopCounter",
     "FlopprofError",
+    "Meter",
     "Peak",
     "Profile",
     "Workload",

@@ -1,0 +1,142 @@
+"""What a call of a model is to a meter: its structure, and the integers that may vary inside it.
+
+Structure and integers together are the signature: two calls with the same multiply the same. The structure alone says
+between which calls a form over shapes may be fitted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+
+Structure = tuple[Any, ...]  # nested tuples of hashable things
+_Tensor, _Parameter = torch.Tensor, torch.nn.Parameter
+_PLAIN = (bool, type(None), torch.dtype, torch.device, torch.memory_format)
+_DEEPEST = 8
+_TOKENS = ("decoder_input_ids", "input_ids", "tokens", "idx")
+_WORDS = 24  # characters: what is longer is a text, no choice
+
+
+def arguments(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Structure, tuple[int, ...]]:
+    """Structure and integers of a call's arguments: dtypes, shapes, flags; no values of tensors but packed lengths."""
+    parts: list[Any] = []
+    ints: list[int] = []
+    for value in args:
+        _add(value, parts, ints, 0)
+    for name, value in kwargs.items():
+        parts.append(name)
+        _add(value, parts, ints, 0)
+        if type(value) is _Tensor and (name.startswith(("cu_seq", "cu_len")) or name == "position_ids"):
+            _add_boundaries(name, value, parts, ints)
+    return tuple(parts), tuple(ints)
+
+
+def _add(value: Any, parts: list[Any], ints: list[int], depth: int) -> None:
+    kind = type(value)
+    if kind is _Tensor or kind is _Parameter:
+        if value.is_nested:
+            _add_nested(value, parts, ints)
+            return
+        shape = value.shape
+        parts += (value.dtype, len(shape), value.requires_grad)
+        ints += shape
+    elif kind in _PLAIN:
+        parts.append(value)
+    elif kind is int:
+        parts.append(int)
+        ints.append(value)
+    elif kind is str:
+        parts.append(value if len(value) <= _WORDS and " " not in value else str)
+    elif kind is list or kind is tuple:
+        parts += (kind, len(value))
+        if depth < _DEEPEST:
+            for item in value:
+                _add(item, parts, ints, depth + 1)
+    elif isinstance(value, Mapping):
+        parts += (kind, len(value))
+        if depth < _DEEPEST:
+            for name, item in value.items():
+                parts.append(name if isinstance(name, str | int) else None)
+                _add(item, parts, ints, depth + 1)
+    elif isinstance(value, _Tensor):  # a subclass: sharded, fake, quantised, masked ...
+        parts += (kind, value.dtype, value.dim(), value.requires_grad)
+        ints += value.shape
+    else:
+        parts.append(kind)
+        if depth < _DEEPEST:
+            for item in _inside(value):
+                _add(item, parts, ints, depth + 1)
+
+
+def _inside(value: Any) -> Iterator[Any]:
+    """What an object of another class holds: the keys and values of a cache, the fields of a batch."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        yield from (getattr(value, field.name) for field in dataclasses.fields(value))
+    elif isinstance(value, tuple | list | set | frozenset):
+        yield from value
+    elif not isinstance(value, type | torch.nn.Module) and not callable(value):
+        yield from vars(value).values() if hasattr(value, "__dict__") else ()
+
+
+def _add_nested(value: Any, parts: list[Any], ints: list[int]) -> None:
+    jagged = value.layout is torch.jagged
+    parts += ("nested", value.dtype, value.dim(), value.requires_grad)
+    if jagged:
+        ints += (size for size in value.shape if isinstance(size, int))
+        _add_lengths(value.offsets().diff().tolist(), ints)
+    else:
+        parts.append(value.size(0))
+        ints += (size for item in value.unbind() for size in item.shape)
+
+
+def _add_boundaries(name: str, value: torch.Tensor, parts: list[Any], ints: list[int]) -> None:
+    """Where the sequences of a packed batch begin: what attention over each of them costs depends on it."""
+    if value.is_floating_point() or value.numel() == 0 or value.device.type == "meta":
+        return
+    parts.append("packed")
+    if name == "position_ids":
+        flat = value.flatten()
+        starts = (flat == flat.min()).nonzero().flatten().tolist()
+        bounds = [*starts, flat.numel()]
+    else:
+        bounds = value.flatten().tolist()
+    _add_lengths([after - before for before, after in itertools.pairwise(bounds)], ints)
+
+
+def _add_lengths(lengths: list[int], ints: list[int]) -> None:
+    ints += (len(lengths), sum(lengths), sum(length * length for length in lengths))
+
+
+def size_of(module: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[int, int, Any]:
+    """(tokens, samples, the mask that tells padding from them, or None) that a call holds; 0 where it has none.
+
+    Tokens are the integers of a (batch, length) input, those of the decoder where there are two stacks, or the
+    positions of `inputs_embeds`; samples are the rows of the first tensor.
+    """
+    named = next((kwargs[name] for name in _TOKENS if name in kwargs), None)
+    if "decoder_input_ids" not in kwargs and "labels" in kwargs:
+        if getattr(getattr(module, "config", None), "is_encoder_decoder", False):
+            named = kwargs["labels"]
+    if named is None and "inputs_embeds" in kwargs:
+        embedded = kwargs["inputs_embeds"]
+        shape = getattr(embedded, "shape", ())
+        if len(shape) == 3:
+            return shape[0] * shape[1], shape[0], _mask(kwargs, shape[:2])
+    for value in (named, *args, *kwargs.values()):
+        if isinstance(value, _Tensor) and value.dim() > 0:
+            if value.is_nested:
+                return 0, int(value.size(0)), None
+            shape = value.shape
+            if len(shape) == 2 and not value.is_floating_point() and not value.is_complex():
+                return shape[0] * shape[1], shape[0], _mask(kwargs, shape)
+            return 0, shape[0], None
+    return 0, 0, None
+
+
+def _mask(kwargs: Mapping[str, Any], shape: Any) -> Any:
+    mask = kwargs.get("attention_mask")
+    return mask if isinstance(mask, _Tensor) and mask.shape == shape and mask.device.type != "meta" else None

@@ -1,0 +1,168 @@
+"""What a meter says at the end: figures of the whole loop and of its last steps, and everything that was left out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import msgspec
+
+from flopprof.meter.figures import Figures
+from flopprof.profile import Attention
+from flopprof.units import format_bytes, format_flops, format_si
+
+
+class Convention(msgspec.Struct, frozen=True, kw_only=True):
+    """What a script that follows a published convention prints of the same steps; reason: why it cannot.
+
+    peak_flops_per_s: what that script divides by.
+    """
+
+    name: str
+    flops_per_s: float | None = None
+    mfu: float | None = None
+    peak_flops_per_s: float | None = None
+    reason: str = ""
+
+
+class Summary(msgspec.Struct, frozen=True, kw_only=True):
+    """A loop so far. Times in seconds; what is not known is None, and `notes` says why.
+
+    whole, window   figures of all timed steps, of the latest ones
+    steps           finished ones; left_out tells how many of them are in no figure, by reason
+    signatures      distinct steps; counted_steps of all were counted as they ran
+    rows            where the time went: step, data_wait, evaluation, each pause by its name, left_out
+    """
+
+    device: str
+    peak: str
+    peaks: dict[str, float]
+    peak_measured: bool = False
+    attention: Attention = "full"
+    steps: int
+    counted_steps: int
+    signatures: int
+    left_out: dict[str, int]
+    flops: dict[str, tuple[int, int]]
+    uncounted: dict[str, int]
+    tokens: int
+    samples: int
+    optimizer_steps: int
+    whole: Figures | None
+    window: Figures | None
+    rows: dict[str, float]
+    peak_memory_bytes: int | None = None
+    energy_j: float | None = None
+    joules_per_token: float | None = None
+    convention: Convention | None = None
+    notes: tuple[str, ...] = ()
+
+    def facts(self) -> list[tuple[str, str]]:
+        """Labelled lines: what `print(meter.summary())` shows."""
+        lines = [("steps", self._steps())]
+        whole = self.whole
+        if whole is not None:
+            against = self._against()
+            lines += [
+                ("MFU", f"{percent(whole.mfu)} of {against}" if whole.mfu is not None else "not known"),
+                ("HFU", percent(whole.hfu)),
+                ("MBU", f"{percent(whole.mbu)} (operands and results of counted operators, each once)")
+                if whole.mbu is not None
+                else ("", ""),
+                ("model", f"{format_si(whole.model_flops_per_s, 'FLOP/s')}: {_per_step(whole.model_flops, whole)}"),
+                ("hardware", f"{format_si(whole.hardware_flops_per_s, 'FLOP/s')}: "
+                             f"{_per_step(whole.hardware_flops, whole)}"),
+                ("", f"a multiply-add is 2 FLOPs; attention {self.attention}"),
+                ("step time", _times(whole)),
+            ]  # fmt: skip
+            speeds = [
+                f"{format_si(value, f'{unit}/s')}"
+                for value, unit in (
+                    (whole.tokens_per_s, "tokens"),
+                    (whole.effective_tokens_per_s, "tokens without padding"),
+                    (whole.samples_per_s, "samples"),
+                )
+                if value is not None
+            ]
+            if speeds:
+                lines.append(("throughput", ", ".join(speeds)))
+            if self.window is not None and self.window.steps < whole.steps:
+                recent = f"last {self.window.steps} steps"
+                lines.append((recent, f"MFU {percent(self.window.mfu)}, {_times(self.window)}"))
+        lines += [
+            ("time", ", ".join(f"{name.replace('_', ' ')} {seconds:.3f} s" for name, seconds in self.rows.items()))
+        ]
+        if self.peak_memory_bytes is not None:
+            lines.append(("peak memory", format_bytes(self.peak_memory_bytes)))
+        if self.energy_j is not None:
+            each = f", {self.joules_per_token:.4g} J per token" if self.joules_per_token is not None else ""
+            lines.append(("energy", f"{format_si(self.energy_j, 'J')}{each}"))
+        if self.convention is not None:
+            lines.append((self.convention.name, _convention(self.convention)))
+        if self.uncounted:
+            named = ", ".join(f"{op} x{calls}" for op, calls in self.uncounted.items())
+            lines.append(("uncounted", f"{named}: FLOPs are at least what is said here"))
+        lines += [("note", note) for note in self.notes]
+        return [line for line in lines if line[1]]
+
+    def __str__(self) -> str:
+        lines = self.facts()
+        width = max(len(label) for label, _ in lines)
+        return "\n".join(f"{label:<{width}}  {text}" for label, text in lines)
+
+    def _steps(self) -> str:
+        timed = self.whole.steps if self.whole is not None else 0
+        out = ", ".join(f"{count} {reason}" for reason, count in self.left_out.items())
+        return f"{self.steps}, of which {timed} are timed" + (f" (left out: {out})" if out else "")
+
+    def _against(self) -> str:
+        peaks = ", ".join(f"{format_si(value, 'FLOP/s')} {rate}" for rate, value in self.peaks.items())
+        return f"{peaks} ({self.peak})"
+
+
+def percent(value: float | None) -> str:
+    """`41.2 %`; `-` where it is not known."""
+    return "-" if value is None else f"{100 * value:.1f} %"
+
+
+def over_peak(whole: Figures) -> Sequence[str]:
+    """A warning where more was achieved than there is, naming the likely causes."""
+    most = max((value for value in (whole.mfu, whole.hfu) if value is not None), default=0.0)
+    if most <= 1:
+        return ()
+    return (
+        f"{percent(most)} of the peak cannot be: the peak given is too low (another device or dtype, tf32 set, "
+        "sparsity), the time is too short (work that is not waited for, a clock of its own), or a step does less than "
+        "its signature says (data-dependent branches).",
+    )
+
+
+def _per_step(flops: int, whole: Figures) -> str:
+    return f"{format_flops(round(flops / whole.steps))} per step"
+
+
+def _times(whole: Figures) -> str:
+    time = whole.step_time_s
+    return (
+        f"{format_time(time.median)} (median; 10 % {format_time(time.p10)}, 90 % {format_time(time.p90)}, "
+        f"99 % {format_time(time.p99)})"
+    )
+
+
+def format_time(seconds: float) -> str:
+    """`12.34 ms`."""
+    return (
+        f"{seconds:.3f} s"
+        if seconds >= 1
+        else f"{1e3 * seconds:.2f} ms"
+        if seconds >= 1e-3
+        else f"{1e6 * seconds:.1f} us"
+    )
+
+
+def _convention(convention: Convention) -> str:
+    if convention.flops_per_s is None:
+        return f"not known: {convention.reason}"
+    text = f"{format_si(convention.flops_per_s, 'FLOP/s')}"
+    if convention.mfu is not None and convention.peak_flops_per_s is not None:
+        text += f", MFU {percent(convention.mfu)} of {format_si(convention.peak_flops_per_s, 'FLOP/s')}"
+    return f"{text} by its formula" + (f" ({convention.reason})" if convention.reason else "")
