@@ -6,6 +6,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from flopprof.compare.assertion import assert_flops as assert_flops
+    from flopprof.compare import diff as diff
     from flopprof.counting.count import count as count
     from flopprof.counting.graph import trace as trace
     from flopprof.counting.runtime import FlopCounter as FlopCounter
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0.dev0"
 
 _HOME = {
+    "assert_flops": "flopprof.compare.assertion",
+    "diff": "flopprof.compare",
     "count": "flopprof.counting.count",
     "trace": "flopprof.counting.graph",
     "FlopCounter": "flopprof.counting.runtime",
@@ -49,7 +53,9 @@ __all__ = [
     "Peak",
     "Profile",
     "Workload",
+    "assert_flops",
     "count",
+    "diff",
     "load",
     "measure_peak",
     "peak",

@@ -55,6 +55,10 @@ class EnginesDisagree(FlopprofError):
     """Two of flopprof's own engines give one module different counts; the message names the modules."""
 
 
+class OverBudget(FlopprofError):
+    """`flopprof check` found a figure over its limit; what is printed names the modules."""
+
+
 class InvalidCheckpoint(UsageError):
     """A config.json or a safetensors file that cannot be what it claims; the message names the file and the field."""
 

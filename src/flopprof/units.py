@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from fractions import Fraction
 
 from flopprof.errors import UsageError
 
@@ -92,3 +93,11 @@ def parse_count(text: str) -> int:
     if "." not in number and "e" not in number.lower():
         return int(number) * int(1000 ** _SCALES[match[2]])
     return round(float(number) * float(1000 ** _SCALES[match[2]]))
+
+
+def parse_share(text: str) -> Fraction:
+    """The exact share that `0.5%` or `0.005` stands for. Raises UsageError."""
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*(%?)\s*", text)
+    if match is None:
+        raise UsageError(f"cannot read {text!r} as a share: write it as 0.5% or 0.005.")
+    return Fraction(match[1]) / (100 if match[2] else 1)

@@ -10,8 +10,10 @@ import typer
 from typer.core import TyperGroup
 
 import flopprof
+from flopprof.cli.check import check
 from flopprof.cli.count import count
 from flopprof.cli.crosscheck import crosscheck
+from flopprof.cli.diff import diff
 from flopprof.cli.models import models
 from flopprof.cli.peaks import peaks
 from flopprof.cli.reconcile import reconcile
@@ -66,6 +68,14 @@ _EXAMPLES = "Examples:\n\nflopprof count resnet50 --backward\n\nflopprof count n
 app.command(epilog=_EXAMPLES)(count)
 app.command(epilog="Example:\n\nflopprof reconcile vit_b_16 --backward --frozen 'encoder.layers.*'")(reconcile)
 app.command(epilog="Example:\n\nflopprof crosscheck resnet50 --backward")(crosscheck)
+app.command(
+    epilog="Examples:\n\nflopprof check resnet50 --max-flops 8.2G --max-params 26M\n\n"
+    "flopprof check net.py:build --baseline baseline.json --tolerance 0.5%"
+)(check)
+app.command(
+    epilog="Examples:\n\nflopprof diff before.json after.json\n\n"
+    "flopprof count resnet50 --json - | flopprof diff resnet18.json -"
+)(diff)
 app.command(epilog="Example:\n\nflopprof models llama")(models)
 app.command(epilog="Examples:\n\nflopprof peaks H100\n\nflopprof peaks --measure --dtype bf16")(peaks)
 

@@ -58,6 +58,16 @@ def require_writable(path: str | None) -> None:
         raise UsageError(f"cannot write {path!r}: permission denied.")
 
 
+def read_bytes(path: str) -> bytes:
+    """What a file holds; `-` is standard input. Raises UsageError where it cannot be read."""
+    if path == STDOUT:
+        return sys.stdin.buffer.read()
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise UsageError(f"cannot read {path!r}: {error.strerror or error}.") from error
+
+
 def write_text(path: str, text: str) -> None:
     """Writes `text` to a file, whole or not at all; `-` is standard output, where it ends in a newline."""
     if path == STDOUT:
