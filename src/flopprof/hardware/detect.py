@@ -43,8 +43,8 @@ def _seen(device: torch.device) -> dict[str, int]:
     if device.type == "mps":
         return {"units": torch.backends.mps.get_core_count()}
     if device.type == "xpu":
-        properties = torch.xpu.get_device_properties(device)
-        return {"units": properties.max_compute_units, "memory_bytes": properties.total_memory}
+        xpu = torch.xpu.get_device_properties(device)
+        return {"units": xpu.max_compute_units, "memory_bytes": xpu.total_memory}
     return {}
 
 
@@ -52,11 +52,16 @@ def here(where: str | torch.device | None) -> torch.device:
     """The torch device meant: the current accelerator, or the CPU where there is none. Raises UnknownDevice."""
     if where is None:
         return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    device = torch.device(where)
-    if device.type in ("cuda", "mps", "xpu") and not getattr(torch, device.type).is_available():
-        raise UnknownDevice(
-            f"torch sees no {device.type} device here: name one of the table, as flopprof.peak('H100')."
-        )
+    try:
+        device = torch.device(where)
+    except RuntimeError as error:
+        raise UnknownDevice(f"{where!r} is no torch device: write cpu, cuda, cuda:1, mps or xpu.") from error
+    if device.type in ("cuda", "mps", "xpu"):
+        backend = getattr(torch, device.type)
+        if not backend.is_available():
+            raise UnknownDevice(f"torch sees no {device.type} device here: name one, as flopprof.peak('H100').")
+        if (device.index or 0) >= (count := backend.device_count()):
+            raise UnknownDevice(f"torch sees {count} {device.type} devices here, numbered from 0; got {device}.")
     return device
 
 

@@ -61,6 +61,8 @@ def measure(
     if shapes is None:
         shapes = [(n, n, n) for n in _SQUARES.get(place.type, _SQUARES_ELSEWHERE)]
         shapes = shapes if place.type == "cpu" else [*shapes, *_OBLONG]
+    if not shapes or min(map(min, shapes)) < 1:
+        raise UsageError(f"give at least one shape (m, k, n) of positive sizes, got {list(shapes)}.")
     timings: list[Timing] = []
     fastest = 0.0
     with torch.no_grad(), _rate(name):
