@@ -7,8 +7,9 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
+import msgspec
 import torch
 
 from flopprof.errors import UsageError
@@ -18,7 +19,11 @@ from flopprof.meter.recorder import OpenStep, Recorder
 from flopprof.meter.records import SCHEMA, RecordWriter, RunPeaks, RunStart
 from flopprof.meter.summary import Summary, over_peak
 from flopprof.meter.timing import CudaTimer, HostTimer, Timer
+from flopprof.meter.world import World, gather, host, path_of_rank, place_of_process, rank_report, shares_data
 from flopprof.profile import Attention
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 T = TypeVar("T")
 P = ParamSpec("P")
@@ -37,7 +42,8 @@ class Meter:
     window      how many of the latest steps make up the rolling figures
     recount_every   count every so many-th step again, to see that its signature tells all
     tokens, samples  of a step: a number, or batch -> number; None: read off the first model's inputs
-    records     a file that every finished step is appended to, as a JSON line: `flopprof report` sums it up
+    records     a file that every finished step is appended to, as a JSON line: `flopprof report` sums it up; of
+                several processes each has its own, `run.rank3.jsonl`
     log, log_every  a function that is given `metrics()` every so many steps: wandb.log, mlflow.log_metrics
     clock       seconds, read at the ends of a step; None: CUDA events where the model is on a GPU, else perf_counter
 
@@ -263,6 +269,26 @@ class Meter:
             notes=tuple(notes),
         )
 
+    def world(self, *, group: ProcessGroup | None = None, data_parallel: int | None = None) -> World:
+        """Every rank's figures, and those of all devices together: one collective of `group`, which all must join.
+
+        data_parallel  how many ranks read data of their own; None: all, unless the model is tensor-parallel
+
+        Raises FlopprofError where a rank does not answer.
+        """
+        self._settle(wait=True)
+        report = rank_report(
+            self.records,
+            self.peaks.flops_per_s,
+            rank=place_of_process()[0],
+            host=host(),
+            device=self.device,
+            peak=self.peaks.label,
+            shared_data=shares_data(self._recorder.models),
+        )
+        report = msgspec.structs.replace(report, reason=self.peaks.reason)
+        return gather(report, group=group, data_parallel=data_parallel)
+
     def figures(self, steps: int | None = None) -> Figures | None:
         """Figures of the latest timed steps (None: of the rolling window), of what is known without waiting."""
         usable: list[StepRecord] = []
@@ -360,9 +386,12 @@ class Meter:
     def _write(self, record: StepRecord) -> None:
         assert self._path is not None
         if self._writer is None:
+            rank, size = place_of_process()
             start = RunStart(
                 started_at=record.ended_at - record.step_time_s - record.data_wait_s,
                 schema=SCHEMA,
+                rank=rank,
+                world_size=size,
                 attention=self.attention,
                 device=self.device,
                 peak=self.peaks.label,
@@ -370,7 +399,7 @@ class Meter:
                 bytes_per_s=self.peaks.bytes_per_s,
                 reason=self.peaks.reason,
             )
-            self._writer = RecordWriter(self._path, start)
+            self._writer = RecordWriter(path_of_rank(self._path, rank, size), start)
         new = {rate for rate in record.flops or {} if rate not in self._written_peaks}
         if new:
             self._written_peaks |= new

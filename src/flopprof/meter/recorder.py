@@ -95,6 +95,11 @@ class Recorder:
         self._watch.add(len(self._roots), model)
         self._roots.append(Root(model))
 
+    @property
+    def models(self) -> list[torch.nn.Module]:
+        """What is watched."""
+        return [root.module for root in self._roots]
+
     def remove(self) -> None:
         """Take the hooks off."""
         self._watch.remove()

@@ -1,0 +1,300 @@
+"""Many devices: what each rank of a run did, reduced once for a report, and the utilisation of all of them."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from flopprof.errors import FlopprofError, UsageError
+from flopprof.meter.figures import Peak, Percentiles, StepRecord, flops_by_rate, ideal_time_s, percentiles, timed
+from flopprof.meter.summary import format_time, percent
+from flopprof.units import format_flops, format_si
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+_NAMED = 8
+
+
+class RankReport(msgspec.Struct, frozen=True, kw_only=True):
+    """What one rank did; times in seconds, FLOPs of that rank alone (one multiply-add is 2).
+
+    steps, model_flops, hardware_flops   of all steps whose work is known
+    timed_steps, time_s, timed_model_flops, timed_hardware_flops, tokens, samples   of those that figures are made of
+    ideal_s, ideal_hardware_s   how long the timed work takes at this device's peaks; None where one is not known
+    shared_data   its model is sharded in a way that makes ranks read the same data (tensor parallelism)
+    """
+
+    rank: int
+    host: str = ""
+    device: str = ""
+    peak: str = ""
+    steps: int = 0
+    model_flops: int = 0
+    hardware_flops: int = 0
+    timed_steps: int = 0
+    time_s: float = 0.0
+    timed_model_flops: int = 0
+    timed_hardware_flops: int = 0
+    ideal_s: float | None = None
+    ideal_hardware_s: float | None = None
+    step_time_s: Percentiles | None = None
+    data_wait_s: float = 0.0
+    tokens: int = 0
+    samples: int = 0
+    shared_data: bool = False
+    reason: str = ""
+
+
+class World(msgspec.Struct, frozen=True, kw_only=True):
+    """All ranks of a run. Fractions are of the dense peaks of all devices; what is not known is None.
+
+    data_parallel   how many ranks read data of their own; None: not known, and throughput is not told
+    missing         ranks that nothing is known of
+    """
+
+    ranks: tuple[RankReport, ...]
+    data_parallel: int | None
+    missing: tuple[int, ...] = ()
+
+    @property
+    def model_flops(self) -> int:
+        """Forward and backward of all ranks, in all steps whose work is known."""
+        return sum(rank.model_flops for rank in self.ranks)
+
+    @property
+    def hardware_flops(self) -> int:
+        """Everything that all ranks executed, in all steps whose work is known."""
+        return sum(rank.hardware_flops for rank in self.ranks)
+
+    @property
+    def mfu(self) -> float | None:
+        """Device-seconds that the model's FLOPs take at the peaks, over the device-seconds that passed."""
+        return _share([rank.ideal_s for rank in self._timed()], self._time_s())
+
+    @property
+    def hfu(self) -> float | None:
+        """As mfu, of everything executed."""
+        return _share([rank.ideal_hardware_s for rank in self._timed()], self._time_s())
+
+    @property
+    def model_flops_per_s(self) -> float:
+        """Model FLOP/s of all devices together."""
+        return sum(rank.timed_model_flops / rank.time_s for rank in self._timed())
+
+    @property
+    def hardware_flops_per_s(self) -> float:
+        """FLOP/s executed by all devices together."""
+        return sum(rank.timed_hardware_flops / rank.time_s for rank in self._timed())
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        """Tokens per second of all ranks that read data of their own; None where it is not known which those are."""
+        return self._throughput("tokens")
+
+    @property
+    def samples_per_s(self) -> float | None:
+        """Samples per second, as tokens_per_s."""
+        return self._throughput("samples")
+
+    @property
+    def slowest(self) -> RankReport | None:
+        """The rank with the longest median step."""
+        return max(self._timed(), key=_median, default=None)
+
+    @property
+    def spread(self) -> float | None:
+        """By what share the slowest rank's median step is longer than the fastest's."""
+        medians = [_median(rank) for rank in self._timed()]
+        return max(medians) / min(medians) - 1 if medians and min(medians) > 0 else None
+
+    def _timed(self) -> list[RankReport]:
+        return [rank for rank in self.ranks if rank.timed_steps and rank.time_s > 0]
+
+    def _time_s(self) -> float:
+        return sum(rank.time_s for rank in self._timed())
+
+    def _throughput(self, of: str) -> float | None:
+        ranks = self._timed()
+        if self.data_parallel is None or not ranks:
+            return None
+        total = sum(getattr(rank, of) / rank.time_s for rank in ranks)
+        return total * self.data_parallel / len(self.ranks) if total else None
+
+    def facts(self) -> list[tuple[str, str]]:
+        """Labelled lines: what `print(meter.world())` shows."""
+        lines = [("ranks", f"{len(self.ranks)}: {', '.join(_devices(self.ranks))}")]
+        if self.missing:
+            lines.append(("missing", f"nothing is known of rank {', '.join(map(str, self.missing))}"))
+        flops = f"{format_flops(self.model_flops)} model, {format_flops(self.hardware_flops)} hardware"
+        lines += [("FLOPs", f"{flops}, of all ranks and steps; a multiply-add is 2")]
+        if not self._timed():
+            return [
+                *lines,
+                ("note", "no step is timed yet: the first ones, and those that are counted, are in no figure."),
+            ]
+        reason = next((rank.reason for rank in self.ranks if rank.reason), "")
+        lines += [
+            ("MFU", percent(self.mfu) if self.mfu is not None else f"not known: {reason}"),
+            ("HFU", percent(self.hfu)),
+        ]
+        lines.append(("rate", f"{format_si(self.model_flops_per_s, 'FLOP/s')} model, all devices together"))
+        speeds = [
+            format_si(value, f"{unit}/s")
+            for value, unit in ((self.tokens_per_s, "tokens"), (self.samples_per_s, "samples"))
+            if value is not None
+        ]
+        if speeds:
+            lines.append(("throughput", ", ".join(speeds)))
+        elif self.data_parallel is None:
+            lines.append(("throughput", "not known: ranks share data; say by data_parallel= how many read their own"))
+        slowest, spread = self.slowest, self.spread
+        if slowest is not None and spread is not None:
+            longer = f"{percent(spread)} over the fastest" if len(self._timed()) > 1 else "the only one"
+            lines.append(("slowest", f"rank {slowest.rank}, {format_time(_median(slowest))} a step, {longer}"))
+        lines += [(f"rank {rank.rank}", _line(rank)) for rank in self._shown()]
+        if len(self.ranks) > _NAMED:
+            lines.append(("", f"and {len(self.ranks) - _NAMED} ranks more, none of them slower"))
+        return lines
+
+    def _shown(self) -> list[RankReport]:
+        """All ranks where they are few, else the slowest."""
+        if len(self.ranks) <= _NAMED:
+            return list(self.ranks)
+        return sorted(self.ranks, key=_median, reverse=True)[:_NAMED]
+
+    def __str__(self) -> str:
+        lines = self.facts()
+        width = max(len(label) for label, _ in lines)
+        return "\n".join(f"{label:<{width}}  {text}" for label, text in lines)
+
+
+def rank_report(records: Sequence[StepRecord], peak: Peak, *, rank: int, **about: Any) -> RankReport:
+    """The sums of one rank's steps. peak: rate -> FLOP/s of its device. about: further fields of RankReport."""
+    usable = timed(records)
+    flops, every = flops_by_rate(usable), flops_by_rate(records)
+    model, hardware = ({rate: row[which] for rate, row in flops.items()} for which in (0, 1))
+    return RankReport(
+        rank=rank,
+        steps=sum(record.flops is not None for record in records),
+        model_flops=sum(row[0] for row in every.values()),
+        hardware_flops=sum(row[1] for row in every.values()),
+        timed_steps=len(usable),
+        time_s=sum(record.step_time_s for record in usable),
+        timed_model_flops=sum(model.values()),
+        timed_hardware_flops=sum(hardware.values()),
+        ideal_s=ideal_time_s(model, peak) if usable else None,
+        ideal_hardware_s=ideal_time_s(hardware, peak) if usable else None,
+        step_time_s=percentiles([record.step_time_s for record in usable]) if usable else None,
+        data_wait_s=sum(record.data_wait_s for record in usable),
+        tokens=sum(record.tokens for record in usable),
+        samples=sum(record.samples for record in usable),
+        **about,
+    )
+
+
+def world_of(reports: Iterable[RankReport], *, size: int | None = None, data_parallel: int | None = None) -> World:
+    """All ranks together. data_parallel None: every rank reads data of its own, unless a report says otherwise.
+
+    Raises UsageError where data_parallel does not fit the number of ranks.
+    """
+    ranks = tuple(sorted(reports, key=lambda report: report.rank))
+    size = len(ranks) if size is None else size
+    if data_parallel is None:
+        data_parallel = None if any(rank.shared_data for rank in ranks) else len(ranks)
+    elif data_parallel < 1 or size % data_parallel:
+        raise UsageError(f"data_parallel is {data_parallel}: give a divisor of the {size} ranks.")
+    known = {rank.rank for rank in ranks}
+    return World(ranks=ranks, data_parallel=data_parallel, missing=tuple(r for r in range(size) if r not in known))
+
+
+def gather(report: RankReport, *, group: ProcessGroup | None = None, data_parallel: int | None = None) -> World:
+    """The reports of every rank of `group` (None: all), to each of them: one collective, which all must join.
+
+    Raises FlopprofError where a rank does not answer: it died, or does not call this.
+    """
+    import torch.distributed as dist
+
+    if not (dist.is_available() and dist.is_initialized()):
+        return world_of([report], data_parallel=data_parallel)
+    found: list[Any] = [None] * dist.get_world_size(group)
+    try:
+        dist.all_gather_object(found, report, group=group)
+    except RuntimeError as error:
+        raise FlopprofError(
+            f"rank {report.rank} could not gather the other ranks' figures: a rank died, or did not call "
+            f"Meter.world() ({str(error).splitlines()[0]}). Each rank's own records=FILE holds its finished steps."
+        ) from error
+    return world_of(found, data_parallel=data_parallel)
+
+
+def place_of_process() -> tuple[int, int]:
+    """(rank, number of ranks) of this process: of torch.distributed, or as torchrun tells; (0, 1) alone."""
+    import torch.distributed as dist
+
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    try:
+        rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    except ValueError:
+        return 0, 1
+    return (rank, size) if 0 <= rank < size else (0, 1)
+
+
+def path_of_rank(path: str | os.PathLike[str], rank: int, size: int) -> Path:
+    """`run.jsonl` of one process; of several each writes its own: `run.rank3.jsonl`."""
+    file = Path(path)
+    return file if size == 1 else file.with_name(f"{file.stem}.rank{rank}{file.suffix}")
+
+
+def host() -> str:
+    """The name of this machine."""
+    return socket.gethostname()
+
+
+def shares_data(modules: Iterable[Any]) -> bool:
+    """Is a model sharded so that several ranks multiply the same batch: DTensor parameters that are not FSDP's alone?"""
+    import torch.distributed as dist
+
+    if not dist.is_available():
+        return False
+    from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.tensor import DTensor
+
+    for model in modules:
+        sharded = [parameter for parameter in model.parameters() if isinstance(parameter, DTensor)]
+        managed = any(isinstance(module, FSDPModule) for module in model.modules())
+        if any(not managed or parameter.device_mesh.ndim > 1 for parameter in sharded):
+            return True
+    return False
+
+
+def _share(ideal: Sequence[float | None], time_s: float) -> float | None:
+    known = [seconds for seconds in ideal if seconds is not None]
+    return sum(known) / time_s if known and len(known) == len(ideal) and time_s > 0 else None
+
+
+def _median(rank: RankReport) -> float:
+    return 0.0 if rank.step_time_s is None else rank.step_time_s.median
+
+
+def _devices(ranks: Iterable[RankReport]) -> list[str]:
+    """`2x NVIDIA H100 80GB HBM3`, each kind once."""
+    kinds: dict[str, int] = {}
+    for rank in ranks:
+        name = rank.peak or rank.device or "unknown device"
+        kinds[name] = kinds.get(name, 0) + 1
+    return [f"{count}x {name}" for name, count in kinds.items()]
+
+
+def _line(rank: RankReport) -> str:
+    if rank.step_time_s is None:
+        return f"{format_flops(rank.model_flops)} model, no step timed"
+    mfu = None if rank.ideal_s is None else rank.ideal_s / rank.time_s
+    per_step = format_flops(round(rank.timed_model_flops / rank.timed_steps))
+    return f"{per_step} model a step, {format_time(rank.step_time_s.median)}, MFU {percent(mfu)}"
