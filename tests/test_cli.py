@@ -196,7 +196,7 @@ def test_a_missing_directory_is_said_before_the_work(option: str, tmp_path: Path
         (["count", MLP, "--input", "2x8", "--input", "2x8"], 1, "takes 2 positional arguments but 3 were given"),
         (["count", MLP, "--input", "2x8", "--model-arg", "hidden"], 2, "write it as name=value"),
         (["count", MLP, "--input", "2x8", "--model-arg", "width=3"], 2, "unexpected keyword argument 'width'"),
-        (["count", MLP, "--input", "2x8", "--json", "-", "--csv", "-"], 2, "both ask for standard output"),
+        (["count", MLP, "--input", "2x8", "--json", "-", "--csv", "-"], 2, "several options ask for standard output"),
         (["count", f"{NETS}:Fails", "--input", "1x8"], 1, "ValueError: the fuse is lit."),
         (["count", f"{SAMPLES / 'broken.py'}:f"], 1, "ModuleNotFoundError"),
         (["count", OPAQUE, "--input", "4x4", "--strict"], 1, "no formula: flopprof_tests::opaque."),

@@ -20,6 +20,7 @@ from flopprof.rows import (
     OperatorRow,
     ParameterRow,
     Phase,
+    RoutingRow,
     UncountedRow,
 )
 from flopprof.symbolic import Forms, sums_of
@@ -39,6 +40,7 @@ __all__ = [
     "ParameterRow",
     "Phase",
     "Profile",
+    "RoutingRow",
     "UncountedRow",
     "ancestors",
     "tally_modules",
@@ -56,6 +58,7 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True):
     operators: tuple[OperatorRow, ...] = ()
     elementwise: tuple[ElementwiseRow, ...] = ()
     uncounted_rows: tuple[UncountedRow, ...] = ()
+    routing: tuple[RoutingRow, ...] = ()
     assumptions: tuple[str, ...] = ()
     attention: Attention = "full"
     device: str = "cpu"
@@ -273,14 +276,15 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True):
         return msgspec.json.encode(self, enc_hook=tuple).decode()
 
     @classmethod
-    def from_json(cls, text: str | bytes) -> Profile:
-        """The profile that to_json wrote. Raises InvalidProfile, naming the field."""
+    def from_json(cls, text: str | bytes, *, name: str = "") -> Profile:
+        """The profile that to_json wrote. Raises InvalidProfile, naming the field (and the file, by `name`)."""
+        where = f"{name}: " if name else ""
         try:
             profile = msgspec.json.decode(text, type=cls)
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
-            raise InvalidProfile(f"not a flopprof profile: {error}.") from error
+            raise InvalidProfile(f"{where}not a flopprof profile: {error}.") from error
         if profile.schema != SCHEMA:
-            raise InvalidProfile(f"profile schema is {profile.schema!r}; this flopprof reads {SCHEMA!r}.")
+            raise InvalidProfile(f"{where}profile schema is {profile.schema!r}; this flopprof reads {SCHEMA!r}.")
         return profile
 
 

@@ -86,6 +86,19 @@ class UncountedRow(msgspec.Struct, frozen=True, kw_only=True):
     reason: str = ""
 
 
+class RoutingRow(msgspec.Struct, frozen=True, kw_only=True):
+    """Tokens that a router sent to each expert, over all its calls; fqn: the module that chose."""
+
+    fqn: str
+    tokens: tuple[int, ...]
+    calls: int
+
+    @property
+    def load(self) -> float:
+        """The fullest expert's tokens over an even share: 1.0 is even."""
+        return max(self.tokens) * len(self.tokens) / max(1, sum(self.tokens))
+
+
 class ModuleRow(msgspec.Struct, frozen=True, kw_only=True):
     """One module that ran: its class, calls, parameters (its own and its children's, tied ones once), output."""
 

@@ -54,6 +54,14 @@ def count(
             rich_help_panel=_REPORT,
         ),
     ] = None,
+    save_routing: Annotated[
+        str | None,
+        typer.Option(
+            help="Write the tokens that each expert got, for --routing; of a run on real numbers (--device cpu, cuda).",
+            metavar="FILE",
+            rich_help_panel=_REPORT,
+        ),
+    ] = None,
     strict: Annotated[
         bool,
         typer.Option(
@@ -62,9 +70,9 @@ def count(
     ] = False,
 ) -> None:
     """Count a model's FLOPs: by module, by operator, and in total. One multiply-add is 2 FLOPs."""
-    if json == csv == "-":
-        raise UsageError("--json - and --csv - both ask for standard output: give one of them a file.")
-    for path in (json, csv):
+    if (json, csv, save_routing).count("-") > 1:
+        raise UsageError("several options ask for standard output by -: give all but one of them a file.")
+    for path in (json, csv, save_routing):
         require_writable(path)
 
     with progress(f"Counting {wanted.target}"):
@@ -86,7 +94,11 @@ def count(
         write_text(json, profile.to_json())
     if csv is not None:
         write_text(csv, to_csv(profile))
-    if "-" not in (json, csv):
+    if save_routing is not None:
+        from flopprof.models.routing import to_json
+
+        write_text(save_routing, to_json(profile))
+    if "-" not in (json, csv, save_routing):
         from flopprof.report.console import render
 
         heading = f"{workload.describe()}, {profile.device}"

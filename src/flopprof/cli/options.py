@@ -158,6 +158,15 @@ Reentrant = Annotated[
     bool, typer.Option("--reentrant", help="With --checkpointing: the reentrant kind.", rich_help_panel=RUN)
 ]
 
+Routing = Annotated[
+    str | None,
+    typer.Option(
+        help="JSON of the tokens that each expert gets, by module: what routers choose on meta.",
+        metavar="FILE",
+        rich_help_panel=RUN,
+    ),
+]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Wanted:
@@ -176,6 +185,7 @@ class Wanted:
     frozen: Frozen = None
     checkpointing: Checkpointing = False
     reentrant: Reentrant = False
+    routing: Routing = None
     device: Device = None
     dtype: Dtype = None
     model_args: ModelArgs = None
@@ -202,6 +212,7 @@ class Wanted:
             lora=self.lora,
             frozen=self.frozen or (),
             checkpointing=("reentrant" if self.reentrant else "non-reentrant") if self.checkpointing else None,
+            routing=self.routing,
         )
 
     def check(self) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,15 +17,17 @@ from flopprof.counting.folding import folded
 from flopprof.counting.guesses import named
 from flopprof.counting.preserve import modules_within, preserved
 from flopprof.counting.questions import failures
+from flopprof.counting.routing import Told
 from flopprof.counting.runtime import FlopCounter
 from flopprof.counting.values import carried, moved, needs_values, on_meta
+from flopprof.errors import UsageError
 from flopprof.formulas.attention import LENGTHS_ON_META
 from flopprof.profile import Attention, Profile
 
 _MOST_FOLDED_RUNS = 3  # each leaves more blocks alone
 
 
-def count(
+def count(  # noqa: PLR0915 - how a run is tried again, beside what each try is
     model: Callable[..., Any],
     *args: Any,
     backward: bool = False,
@@ -33,6 +36,7 @@ def count(
     attention: Attention = "full",
     lines: bool = False,
     fold: bool | None = None,
+    routing: Mapping[str, tuple[int, ...]] | None = None,
     **kwargs: Any,
 ) -> Profile:
     """FLOPs of `model(*args, **kwargs)`: per operator, module and phase; one multiply-add is 2.
@@ -44,6 +48,8 @@ def count(
     lines      also tell the line of source of every count: `profile.by_line()`
     fold       on meta, run a repeated block once and charge it to each, where that is proved to be the same; None:
                yes. Elsewhere every block runs.
+    routing    on meta, tokens for each expert by the module that routes or one around it, as patterns; the first that
+               fits holds. Without it, routing is even where it must be known, and the profile says so.
     attention  `full` counts every query-key pair, `causal` only those that the operator's mask lets through
 
     Parameters, gradients, buffers, inputs, optimizer state, random state, training mode and cached attributes are
@@ -58,6 +64,9 @@ def count(
     module = model if isinstance(model, torch.nn.Module) else None
     backward = backward or loss is not None or optimizer is not None
     meta = on_meta(model, args, kwargs)
+    told = None if routing is None else Told(routing)
+    if told is not None and not meta:
+        raise UsageError("routing is told on meta alone: elsewhere the model itself chooses its experts.")
     mixed = on_meta(None, args, kwargs)  # then a CPU tensor is the caller's choice: packed lengths must be one
 
     def run(*, values: bool, barred: frozenset[str] | None = None) -> Profile:
@@ -65,7 +74,8 @@ def count(
         within = modules_within(model, args, kwargs, loss)
         with preserved(within, (args, kwargs), optimizer) as keep, ExitStack() as stack:
             if values:
-                stack.enter_context(carried(counter.assume, named(model, args, kwargs)))
+                choose = None if told is None else partial(_chosen, told, counter)
+                stack.enter_context(carried(counter.assume, named(model, args, kwargs), choose))
             given, also = (moved(args), moved(kwargs)) if values or (meta and not mixed) else (args, kwargs)
             if backward:
                 given, also = own_inputs(given), own_inputs(also)
@@ -103,6 +113,10 @@ def count(
                     barred |= doubt.suspects
         return run(values=values)
 
+    if told is not None:  # each block has experts and a load of its own: nothing is folded
+        profile = run(values=True)
+        told.require_followed()
+        return profile
     # Most models ask for no values on meta, and are counted faster where none are carried. One that asks fails, goes
     # on by another branch, or leaves lengths unread that a formula needs.
     failed = failures()
@@ -115,3 +129,7 @@ def count(
     if meta and (failures() > failed or any(row.reason == LENGTHS_ON_META for row in profile.uncounted_rows)):
         return attempt(values=True)
     return profile
+
+
+def _chosen(told: Told, counter: FlopCounter, rows: int, width: int, experts: int) -> tuple[int, ...] | None:
+    return told.tokens(counter.where.frame.fqn, rows, width, experts)

@@ -97,7 +97,7 @@ class Rows:
                     self._run_alone(step, heavy=("backward",), light=("backward",))
             elif not self._run_alone(step, heavy=("forward", "backward"), light=("forward", "backward")):
                 self._add_elementwise(step)
-        elif entry.kind is Kind.FREE:
+        elif entry.kind in (Kind.FREE, Kind.CHOICE):
             if differentiated:
                 self._run_alone(step, heavy=("backward",), light=("backward",))
         elif entry.kind in (Kind.OPAQUE, Kind.COUNTED):

@@ -14,14 +14,16 @@ from typing import Any, NamedTuple
 
 import torch
 
+from flopprof.counting.routing import MOST_EXPERTS, TOLD, laid_out
+
 FINITE = "no value is taken to be infinite or not a number"
 EVEN = "the choice of the largest scores is taken to be even: each expert gets the same share of the tokens"
 
-# Routers choose among few: a choice among more (a vocabulary, anchors) is none of theirs.
-_MOST_EXPERTS = 1024
 # Beyond every vocabulary, so that no label equals a token that a model names.
 _FIRST_LABEL = 1 << 20
 _LABELS = re.compile(r"(^|_)(ids|tokens?|labels?|idx|inputs?|x|src|tgt|source|target|targets|text)$")
+
+Tokens = Callable[[int, int, int], tuple[int, ...] | None]
 
 _aten = torch.ops.aten
 
@@ -74,8 +76,11 @@ def of_input(name: str, tensor: torch.Tensor) -> Guess | None:
     return None
 
 
-def of_operator(base: str, args: Any, out: Any) -> tuple[torch.Tensor, Guess] | None:
-    """(result, what it is taken to hold) of an operator on unknown floats: even routing, and finite numbers."""
+def of_operator(base: str, args: Any, out: Any, told: Tokens | None = None) -> tuple[torch.Tensor, Guess] | None:
+    """(result, what it is taken to hold) of an operator on unknown floats: even routing, and finite numbers.
+
+    told: tokens for each expert of so many rows, choices a row and experts, where they are known.
+    """
     source = args[0] if args else None
     if not isinstance(source, torch.Tensor) or not source.is_floating_point():
         return None
@@ -85,7 +90,7 @@ def of_operator(base: str, args: Any, out: Any) -> tuple[torch.Tensor, Guess] | 
         return out, Guess(_aten.ones.default(out.shape, dtype=torch.bool, device="cpu"), FINITE)
     if base in _CHOICES:
         chosen = out if isinstance(out, torch.Tensor) else out[1]
-        return _even(base, args, source, chosen)
+        return _even(base, args, source, chosen, told)
     return None
 
 
@@ -94,8 +99,10 @@ _ODD = frozenset({"aten::isnan", "aten::isinf", "aten::isneginf", "aten::isposin
 GUESSED = _CHOICES | _ODD | {"aten::eq", "aten::ne"}  # the operators that of_operator has something to say of
 
 
-def _even(base: str, args: Any, scores: torch.Tensor, chosen: torch.Tensor) -> tuple[torch.Tensor, Guess] | None:
-    """Row after row takes the next ones, round and round."""
+def _even(
+    base: str, args: Any, scores: torch.Tensor, chosen: torch.Tensor, told: Tokens | None
+) -> tuple[torch.Tensor, Guess] | None:
+    """Row after row takes the next ones, round and round; or what was told."""
     if scores.dim() < 2 or chosen.dim() not in (scores.dim(), scores.dim() - 1):
         return None
     dim = _dimension(base, args)
@@ -105,18 +112,22 @@ def _even(base: str, args: Any, scores: torch.Tensor, chosen: torch.Tensor) -> t
     experts = scores.shape[dim]
     kept = chosen.dim() == scores.dim()
     width = chosen.shape[dim] if kept else 1
-    if not 1 < experts <= _MOST_EXPERTS or width > experts or not chosen.numel():
+    if not 1 < experts <= MOST_EXPERTS or width > experts or not chosen.numel():
         return None
     rows = chosen.numel() // width
+    tokens = told(rows, width, experts) if told is not None and width < experts else None
+    sentence = EVEN if tokens is None else TOLD
     step = 1 if base == "aten::sort" else width  # the first k of a sorted row are that row's choice
     row = _aten.mul.Scalar(_aten.arange.default(rows, dtype=torch.int64, device="cpu"), step)
     place = _aten.arange.default(width, dtype=torch.int64, device="cpu")
     choice = _aten.remainder.Scalar(_aten.add.Tensor(_aten.unsqueeze.default(row, 1), place), experts)
+    if tokens is not None:
+        choice = laid_out(tokens, rows, width)
     others = [size for position, size in enumerate(scores.shape) if position != dim]
     if not kept:
-        return chosen, Guess(_aten.view.default(choice, others), EVEN)
+        return chosen, Guess(_aten.view.default(choice, others), sentence)
     order = [*range(dim), scores.dim() - 1, *range(dim, scores.dim() - 1)]
-    return chosen, Guess(_aten.permute.default(_aten.view.default(choice, [*others, width]), order), EVEN)
+    return chosen, Guess(_aten.permute.default(_aten.view.default(choice, [*others, width]), order), sentence)
 
 
 def _dimension(base: str, args: Any) -> int | None:

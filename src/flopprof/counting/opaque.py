@@ -18,6 +18,10 @@ if TYPE_CHECKING:
 
 def run(counter: FlopCounter, entry: Entry, args: Any, kwargs: Any) -> Any:
     """The operator's own result; what it runs inside is counted, and named where nothing could be."""
+    if entry.kind is Kind.CHOICE:
+        out = entry.call(*args, **kwargs)
+        counter.note_choice(entry, args, out)
+        return out
     if entry.kind is Kind.UNCOUNTED:
         counter.uncounted(entry.name, args, entry.reason)
         out = entry.call(*args, **kwargs)

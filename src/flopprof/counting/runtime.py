@@ -321,6 +321,11 @@ class FlopCounter(TorchDispatchMode):
         self.seen += 1  # the modules above need not report it again
         self._tally.add_uncounted(name, frame, phase, tensors, reason)
 
+    def note_choice(self, entry: Entry, args: Any, out: Any) -> None:
+        """The largest of some scores were chosen: in a forward, what a router does."""
+        if _node() is None:
+            self._tally.routing.note(self._names.frames, self.where.frame, entry.name, args, out)
+
     def assume(self, sentence: str) -> None:
         """Note what had to be guessed."""
         self._tally.assumptions[sentence] = None

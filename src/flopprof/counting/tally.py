@@ -13,6 +13,7 @@ from flopprof.counting.attribution import Frame, unwrap, walk
 from flopprof.counting.lines import shorten
 from flopprof.counting.operands import Source
 from flopprof.counting.operators import Entry
+from flopprof.counting.routing import Seen
 from flopprof.profile import (
     Attention,
     ElementwiseRow,
@@ -53,6 +54,7 @@ class Tally:
         self.uncounted: dict[tuple[str, Frame, Phase, Any, str], int] = {}
         self.assumptions: dict[str, None] = {}
         self.device: str | None = None
+        self.routing = Seen()
         self._parameters: tuple[ParameterRow, ...] = ()
         self._packed = 0  # elements of packed weights, which are no Parameters
         self._closed: list[Frame] | None = None  # in order and measured, since nothing runs any more
@@ -109,6 +111,7 @@ class Tally:
                 UncountedRow(op=op, fqn=frame.fqn, phase=phase, calls=calls, shapes=shapes, reason=reason)
                 for (op, frame, phase, shapes, reason), calls in self.uncounted.items()
             ),
+            routing=self.routing.rows(),
             assumptions=tuple(self.assumptions),
             attention=attention,
             device=self.device or "cpu",

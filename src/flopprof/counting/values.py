@@ -40,10 +40,13 @@ _NOTHING: frozenset[str] = frozenset()
 
 
 @contextmanager
-def carried(note: Callable[[str], object], inputs: Mapping[str, torch.Tensor] | None = None) -> Iterator[None]:
+def carried(
+    note: Callable[[str], object], inputs: Mapping[str, torch.Tensor] | None = None, told: guesses.Tokens | None = None
+) -> Iterator[None]:
     """While open, meta tensors carry small values; `note` is called with a sentence for each guess that was used.
 
     inputs  tensors on meta whose values were not given, by name: the names tell what may be taken for them
+    told    what routers choose, where that is known
 
     Open inside another it joins it. Operators are counted as they are without it: whatever counter is open, before
     or later, sees each first. Questions that cannot be answered raise ValuesUnknown, at the latest on leaving.
@@ -51,6 +54,7 @@ def carried(note: Callable[[str], object], inputs: Mapping[str, torch.Tensor] | 
     outer = _open()
     values = outer if outer is not None else Values()
     values.listeners.append(note)
+    before, values.told = values.told, told or values.told
     refused = len(values.refused)
     try:
         if outer is not None:
@@ -66,6 +70,7 @@ def carried(note: Callable[[str], object], inputs: Mapping[str, torch.Tensor] | 
             raise values.refused[refused]
     finally:
         values.listeners.remove(note)
+        values.told = before
         if outer is None:
             values.store.clear()
             values.refused.clear()  # their tracebacks hold what the model held
@@ -121,6 +126,7 @@ class Values(TorchDispatchMode):
         self.listeners: list[Callable[[str], object]] = []
         self.noted: dict[str, None] = {}
         self.refused: list[ValuesUnknown] = []
+        self.told: guesses.Tokens | None = None
         self._plans: dict[Any, Plan] = {}
 
     def __enter__(self) -> Values:
@@ -309,7 +315,7 @@ class Values(TorchDispatchMode):
 
     def _guess(self, plan: Plan, args: Any, out: Any) -> None:
         with aside():
-            guess = guesses.of_operator(plan.base, args, out)
+            guess = guesses.of_operator(plan.base, args, out, self.told)
             if guess is not None and fits(guess[0], floats=False):
                 self.store.bind(guess[0], guess[1].values, frozenset({guess[1].sentence}), guess[1].labels)
 

@@ -12,6 +12,7 @@ from flopprof.models import catalogue, exported, huggingface, pyfile, timm, visi
 from flopprof.models.adapters import parse_lora
 from flopprof.models.inputs import parse_dtype, parse_input
 from flopprof.models.request import Attn, Request
+from flopprof.models.routing import checked, read_routing, routed
 from flopprof.models.variants import Checkpointing, Variants, varied
 from flopprof.models.workload import Workload
 
@@ -37,6 +38,7 @@ def load(
     lora: str | None = None,
     frozen: Sequence[str] = (),
     checkpointing: Checkpointing | None = None,
+    routing: str | Mapping[str, Sequence[int]] | None = None,
 ) -> Workload:
     """The workload that `target` names.
 
@@ -48,7 +50,8 @@ def load(
 
     attn: how a Hugging Face model computes attention: `sdpa`, `eager` or `flash`. lora: adapters that peft adds,
     `r=16,targets=q_proj,v_proj`. frozen: globs of parameters or modules that do not train. checkpointing: blocks run
-    again in the backward, `non-reentrant` or `reentrant`.
+    again in the backward, `non-reentrant` or `reentrant`. routing: tokens for each expert, by patterns of the modules
+    that route, or the JSON file of them; for meta.
 
     inputs: one shape per positional input (`2x8`, `1x128:int64`) instead of the model's own. device None: meta
     where that works, else CPU. Raises UnknownTarget, UsageError, MissingPackage or ModelFailed.
@@ -72,6 +75,8 @@ def load(
         lora=None if lora is None else parse_lora(lora), frozen=tuple(frozen), checkpointing=checkpointing
     )
     workload = _named(target, request)
+    if routing is not None:
+        workload = routed(workload, read_routing(routing) if isinstance(routing, str) else checked(routing, "routing"))
     if not variants:
         return workload
     if workload.program is not None:

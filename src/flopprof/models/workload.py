@@ -37,6 +37,7 @@ class Workload:
     assumptions: what was fixed about work that depends on the weights' values; they are added to the profile's.
     checkpoint: what the files of a checkpoint store, where its headers were read.
     program: the exported program that the model is made of, where it is one: then its graph is what is counted.
+    routing: tokens for each expert, by patterns of modules, which routers are told on meta.
     `on_cpu` rebuilds the same workload with real values; it is set where flopprof itself chose the meta device.
     """
 
@@ -50,6 +51,7 @@ class Workload:
     assumptions: tuple[str, ...] = ()
     checkpoint: Checkpoint | None = None
     program: torch.export.ExportedProgram | None = field(default=None, repr=False, compare=False)
+    routing: Mapping[str, tuple[int, ...]] | None = None
     on_cpu: Callable[[], Workload] | None = field(default=None, repr=False, compare=False)
 
     def describe(self) -> str:
@@ -93,12 +95,13 @@ class Workload:
                 optimizer=optimizer,
                 lines=lines,
                 fold=fold,
+                routing=self.routing,
                 **self.kwargs,
             )
         except Exception as error:
             if isinstance(error, FlopprofError) and not isinstance(error, ValuesUnknown):
                 raise
-            if self.on_cpu is not None and optimizer is None and needs_values(error):
+            if self.on_cpu is not None and optimizer is None and self.routing is None and needs_values(error):
                 logger.info("%s needs values that the meta device does not have; counting on the CPU", self.name)
                 return self.on_cpu().count(backward=backward, attention=attention, loss=loss, lines=lines)
             raise self._failure(error) from error
@@ -116,6 +119,8 @@ class Workload:
         lines: bool = False,
     ) -> Profile:
         """The Profile of the model's graph, as `flopprof.trace` makes it. Raises Untraceable where there is none."""
+        if self.routing is not None:
+            raise UsageError(f"{self.name} is told its routing, which a graph does not follow: count it instead.")
         from flopprof.counting.graph import trace  # it needs torch's compiler, whose import takes a second
 
         program = self.program

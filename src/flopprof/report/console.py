@@ -169,6 +169,7 @@ def _totals(view: _View) -> Iterator[tuple[str, str]]:
     yield "convention", _CONVENTION
     yield from _attention(view)
     yield "device", f"{profile.device}, torch {profile.torch_version}" if profile.torch_version else profile.device
+    yield from _routing(profile)
     yield from zip(chain(["assumed"], repeat("")), profile.assumptions, strict=False)
     if profile.uncounted_rows:
         yield "uncounted", "no formula for the operators below: what they do is in no number above (hence >=)"
@@ -176,6 +177,14 @@ def _totals(view: _View) -> Iterator[tuple[str, str]]:
             reasons = dict.fromkeys(row.reason for row in profile.uncounted_rows if row.op == op and row.reason)
             calls = "1 call" if number == 1 else f"{number} calls"
             yield "", ": ".join([f"{op}, {calls}", *(["; ".join(reasons)] if reasons else [])])
+
+
+def _routing(profile: Profile) -> Iterator[tuple[str, str]]:
+    if profile.routing:
+        fullest = max(profile.routing, key=lambda row: row.load)
+        mean = sum(row.load for row in profile.routing) / len(profile.routing)
+        among = f"; mean of {len(profile.routing)} routers {mean:.2f}" if len(profile.routing) > 1 else ""
+        yield "expert load", f"max/mean {fullest.load:.2f} in {fullest.fqn or 'the root'}{among}"
 
 
 def _attention(view: _View) -> Iterator[tuple[str, str]]:

@@ -1,0 +1,160 @@
+"""Which expert gets how many tokens: what routers were seen to choose, and what they are told to choose on meta.
+
+A router takes the largest of a few scores, one for each expert, beside modules or weights that are as many.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from flopprof.counting.values_store import aside
+from flopprof.errors import UsageError
+from flopprof.rows import RoutingRow
+
+if TYPE_CHECKING:
+    from flopprof.counting.attribution import Frame
+
+MOST_EXPERTS = 1024  # routers choose among few: a choice among more (a vocabulary, anchors) is none of theirs
+TOLD = "the choice of the largest scores is taken to send each expert the tokens that the given routing says"
+_DEPTH = 2  # of experts below the module that holds the router
+_NAMED = 3
+
+
+# --- what was seen --------------------------------------------------------------------------------
+class Seen:
+    """Tokens for each expert, by the module that chose, added up over calls."""
+
+    def __init__(self) -> None:
+        self._found: dict[tuple[str, int], tuple[torch.Tensor, list[int]]] = {}
+        self._routers: dict[tuple[str, int], bool] = {}
+
+    def note(self, frames: Mapping[str, Frame], frame: Frame, base: str, args: Any, out: Any) -> None:
+        """An operator chose the largest of some scores, in a forward on real numbers."""
+        scores, chosen = args[0], out[1] if base == "aten::topk" else out
+        if chosen.is_meta or type(chosen) is not torch.Tensor or not scores.is_floating_point() or scores.dim() < 2:
+            return
+        dim = args[2 if base == "aten::topk" else 1] if len(args) > (2 if base == "aten::topk" else 1) else -1
+        if dim is None:
+            return
+        experts = scores.shape[dim]
+        if not 1 < experts <= MOST_EXPERTS or (base == "aten::topk" and args[1] >= experts):
+            return
+        key = frame.fqn, experts
+        if key not in self._routers:
+            self._routers[key] = _routes(frames, frame.fqn, experts)
+        if not self._routers[key]:
+            return
+        with aside():
+            tokens, calls = self._found.setdefault(
+                key, (torch.zeros(experts, dtype=torch.int64, device=chosen.device), [0])
+            )
+            index = chosen.reshape(-1)
+            tokens.scatter_add_(0, index, torch.ones_like(index))
+        calls[0] += 1
+
+    def rows(self) -> tuple[RoutingRow, ...]:
+        """One row a router, in the order in which they ran."""
+        with aside():
+            return tuple(
+                RoutingRow(fqn=fqn, tokens=tuple(tokens.tolist()), calls=calls)
+                for (fqn, _experts), (tokens, (calls,)) in self._found.items()
+            )
+
+
+def _routes(frames: Mapping[str, Frame], fqn: str, experts: int) -> bool:
+    """Does the module, or the one around it, hold so many experts: modules of a list, or slices of a parameter?"""
+    for name in (fqn, fqn.rpartition(".")[0]):
+        frame = frames.get(name)
+        module = frame.module() if frame is not None and frame.module is not None else None
+        if module is not None and any(_holds(part, experts) for part in _within(module, _DEPTH)):
+            return True
+    return False
+
+
+def _within(module: nn.Module, depth: int) -> Iterator[nn.Module]:
+    yield module
+    if depth:
+        for child in module.children():
+            yield from _within(child, depth - 1)
+
+
+def _holds(module: nn.Module, experts: int) -> bool:
+    for child in module.children():
+        if isinstance(child, nn.ModuleList | nn.ModuleDict) and len(child) == experts:
+            return True
+    return any(
+        parameter is not None and parameter.dim() >= 3 and parameter.shape[0] == experts
+        for parameter in module._parameters.values()
+    )
+
+
+# --- what is told ---------------------------------------------------------------------------------
+class Told:
+    """Tokens for each expert, by patterns of the choosing module or of one around it; the first that fits holds."""
+
+    def __init__(self, given: Mapping[str, tuple[int, ...]]) -> None:
+        self._given = given
+        self._met: dict[str, str] = {}  # pattern -> why it could not be followed; "" where it was
+        self._choosing: dict[str, int] = {}  # experts, by the modules that chose among some
+
+    def tokens(self, fqn: str, rows: int, width: int, experts: int) -> tuple[int, ...] | None:
+        """What the module is told of `rows` tokens that each go to `width` of so many experts; None: nothing."""
+        self._choosing[fqn] = max(experts, self._choosing.get(fqn, 0))
+        pattern = next((pattern for pattern in self._given if _fits(pattern, fqn)), None)
+        if pattern is None:
+            return None
+        tokens = self._given[pattern]
+        problem = ""
+        if len(tokens) != experts:
+            problem = f"it lists {len(tokens)} experts, and {fqn or 'the model'} chooses among {experts}"
+        elif sum(tokens) != rows * width:
+            problem = (
+                f"its numbers add up to {sum(tokens):,}, and {fqn or 'the model'} sends {rows:,} tokens to {width} "
+                f"experts each: {rows * width:,}"
+            )
+        elif max(tokens) > rows:
+            problem = f"it gives one expert {max(tokens):,} of {rows:,} tokens, and each token meets an expert once"
+        if problem:
+            self._met.setdefault(pattern, problem)
+            return None
+        self._met[pattern] = ""
+        return tokens
+
+    def require_followed(self) -> None:
+        """Raises UsageError for a pattern that no router followed: it says why."""
+        for pattern in self._given:
+            problem = self._met.get(pattern)
+            if problem == "":
+                continue
+            if problem is None:
+                routers = [fqn for fqn in self._choosing if fqn]
+                more = f" and {len(routers) - _NAMED} more" if len(routers) > _NAMED else ""
+                problem = (
+                    f"it fits no router of this run: there are {', '.join(routers[:_NAMED])}{more}"
+                    if routers
+                    else "nothing in this run chooses among experts"
+                )
+            raise UsageError(f"the routing of {pattern!r} cannot be followed: {problem}.")
+
+
+def _fits(pattern: str, fqn: str) -> bool:
+    while True:
+        if fnmatchcase(fqn, pattern):
+            return True
+        if not fqn:
+            return False
+        fqn = fqn.rpartition(".")[0]
+
+
+def laid_out(tokens: tuple[int, ...], rows: int, width: int) -> torch.Tensor:
+    """(rows, width) of expert numbers: each as often as told, and no row holds one twice.
+
+    The list 0 0 0 1 1 ... is dealt to the rows in turn: one expert's tokens lie less than `rows` apart.
+    """
+    dealt = torch.repeat_interleave(torch.arange(len(tokens)), torch.tensor(tokens))
+    return dealt.view(width, rows).t().contiguous()
