@@ -118,12 +118,10 @@ def size_of(module: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str,
     positions of `inputs_embeds`; samples are the rows of the first tensor.
     """
     named = next((kwargs[name] for name in _TOKENS if name in kwargs), None)
-    if "decoder_input_ids" not in kwargs and "labels" in kwargs:
-        if getattr(getattr(module, "config", None), "is_encoder_decoder", False):
-            named = kwargs["labels"]
+    if "labels" in kwargs and "decoder_input_ids" not in kwargs and _two_stacks(module):
+        named = kwargs["labels"]
     if named is None and "inputs_embeds" in kwargs:
-        embedded = kwargs["inputs_embeds"]
-        shape = getattr(embedded, "shape", ())
+        shape: Any = getattr(kwargs["inputs_embeds"], "shape", ())
         if len(shape) == 3:
             return shape[0] * shape[1], shape[0], _mask(kwargs, shape[:2])
     for value in (named, *args, *kwargs.values()):
@@ -131,10 +129,16 @@ def size_of(module: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str,
             if value.is_nested:
                 return 0, int(value.size(0)), None
             shape = value.shape
+            if len(shape) == 1 and value is named:
+                return shape[0], 1, None
             if len(shape) == 2 and not value.is_floating_point() and not value.is_complex():
                 return shape[0] * shape[1], shape[0], _mask(kwargs, shape)
             return 0, shape[0], None
     return 0, 0, None
+
+
+def _two_stacks(module: torch.nn.Module) -> bool:
+    return bool(getattr(getattr(module, "config", None), "is_encoder_decoder", False))
 
 
 def _mask(kwargs: Mapping[str, Any], shape: Any) -> Any:

@@ -10,13 +10,7 @@ from flopprof.profile import PHASES, Profile
 
 # The column of a device's peaks depends on the operator, too: cuDNN runs float32 convolutions in tf32 unless told not
 # to, matrix products only when told to.
-_RATES = {
-    "convolution": "convolution",
-    "conv": "convolution",
-    "lstm": "recurrent",
-    "gru": "recurrent",
-    "rnn": "recurrent",
-}
+_KINDS = (("conv", "convolution"), ("lstm", "recurrent"), ("gru", "recurrent"), ("rnn", "recurrent"))
 Phases = tuple[int, int, int, int]  # forward, backward, recompute, optimizer
 _NOTHING: Phases = (0, 0, 0, 0)
 
@@ -41,7 +35,9 @@ class Work(msgspec.Struct, frozen=True):
 
     def numbers(self) -> dict[tuple[str, str], int]:
         """Every integer by its name: what a form over shapes is fitted to."""
-        table = {(rate, phase): n for rate, row in self.flops.items() for phase, n in zip(PHASES, row, strict=True)}
+        table: dict[tuple[str, str], int] = {}
+        for rate, row in self.flops.items():
+            table |= {(rate, phase): count for phase, count in zip(PHASES, row, strict=True)}
         table["", "bytes"] = self.bytes_moved
         return table | {("uncounted", name): calls for name, calls in self.uncounted.items()}
 
@@ -83,7 +79,7 @@ def rate_of(op: str, dtype: str) -> str:
     if dtype not in ("float32", "complex64"):
         return dtype
     name = op.partition("::")[2]
-    kind = next((kind for part, kind in _RATES.items() if part in name), "")
+    kind = next((kind for part, kind in _KINDS if part in name), "")
     return f"{dtype}:{kind}" if kind else dtype
 
 
