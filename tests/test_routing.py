@@ -219,8 +219,22 @@ MODELS: dict[str, dict[str, Any]] = {
         "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8,
         "first_k_dense_replace": 1,
     },
-    "GraniteMoe": {"num_local_experts": 4},
+    "JetMoe": {"num_local_experts": 4, "kv_channels": 8},  # queries are routed too
 }  # fmt: skip
+
+
+def test_experts_may_have_company_in_their_container() -> None:
+    """NLLB-MoE keeps an activation beside its experts."""
+
+    class Company(Block):
+        def __init__(self) -> None:
+            super().__init__()
+            self.experts.append(nn.ReLU())
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.experts[-1](self.gate(x).topk(K).values)
+
+    assert [sum(row.tokens) for row in count(Company(), torch.randn(TOKENS, D)).routing] == [K * TOKENS]
 
 
 @pytest.mark.parametrize("kind", MODELS)
@@ -230,8 +244,8 @@ def test_told_what_a_transformers_model_did_meta_counts_it(kind: str, tmp_path: 
     facts = {**config.to_dict(), "architectures": [f"{kind}ForCausalLM"], "dtype": "float32"}
     (tmp_path / "config.json").write_text(json.dumps(facts))
     ran = load(str(tmp_path), seq=SEQ, device="cpu").count(backward=True)
-    layers = 1 if kind == "DeepseekV3" else 2
-    assert [sum(row.tokens) for row in ran.routing] == [2 * SEQ] * layers
+    routers = {"DeepseekV3": 1, "JetMoe": 4}.get(kind, 2)
+    assert [sum(row.tokens) for row in ran.routing] == [2 * SEQ] * routers
     again = load(str(tmp_path), seq=SEQ, routing={row.fqn: row.tokens for row in ran.routing}).count(backward=True)
     for phase in ("forward", "backward"):
         assert again.by_module(phase) == ran.by_module(phase)

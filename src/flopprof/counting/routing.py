@@ -5,6 +5,7 @@ A router takes the largest of a few scores, one for each expert, beside modules 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
@@ -69,11 +70,23 @@ class Seen:
 def _routes(frames: Mapping[str, Frame], fqn: str, experts: int) -> bool:
     """Does the module, or the one around it, hold so many experts: modules of a list, or slices of a parameter?"""
     for name in (fqn, fqn.rpartition(".")[0]):
-        frame = frames.get(name)
-        module = frame.module() if frame is not None and frame.module is not None else None
+        module = _module(frames, name)
         if module is not None and any(_holds(part, experts) for part in _within(module, _DEPTH)):
             return True
     return False
+
+
+def _module(frames: Mapping[str, Frame], fqn: str) -> nn.Module | None:
+    """By its name: where only a method of it was called, it has no frame."""
+    for name in (fqn, ""):
+        frame = frames.get(name)
+        found = frame.module() if frame is not None and frame.module is not None else None
+        if found is not None:
+            try:
+                return found if name == fqn else found.get_submodule(fqn)
+            except AttributeError:  # the root is not the model
+                return None
+    return None
 
 
 def _within(module: nn.Module, depth: int) -> Iterator[nn.Module]:
@@ -85,7 +98,10 @@ def _within(module: nn.Module, depth: int) -> Iterator[nn.Module]:
 
 def _holds(module: nn.Module, experts: int) -> bool:
     for child in module.children():
-        if isinstance(child, nn.ModuleList | nn.ModuleDict) and len(child) == experts:
+        if (
+            isinstance(child, nn.ModuleList | nn.ModuleDict)
+            and experts in Counter(map(type, child.children())).values()
+        ):
             return True
     return any(
         parameter is not None and parameter.dim() >= 3 and parameter.shape[0] == experts
