@@ -112,6 +112,16 @@ def _held(value: Any, path: tuple[str, ...], window: int | None, seen: set[int])
             yield from _held(item, (*path, str(name)), window, seen)
 
 
+def layers_of(cache: Any) -> tuple[str, ...]:
+    """Qualified names of the classes of a cache's layers, each once; `""` for a cache that is not made of layers."""
+    inner = [getattr(cache, f"{part}_attention_cache", None) for part in ("self", "cross")]
+    found: dict[str, None] = {}
+    for part in [item for item in inner if item is not None] or [cache]:
+        for layer in getattr(part, "layers", None) or [None]:
+            found["" if layer is None else f"{type(layer).__module__}.{type(layer).__qualname__}"] = None
+    return tuple(found)
+
+
 def allocated(cache: Any) -> int:
     """Bytes of the memory in which the tensors of a cache lie, each storage once."""
     return sum({item.owner: item.storage for item in held(cache)}.values())
@@ -171,18 +181,24 @@ _SLIDING = frozenset({"DynamicSlidingWindowLayer", "LinearAttentionAndSlidingWin
 _RECURRENT = "LinearAttention"
 
 
-def recurrent(cache: Any) -> bool:
-    """Is it transformers' own, of known layers, some of which keep a state of one size however long the text is?"""
+def known(cache: Any) -> bool:
+    """Is it transformers' own, of layers of which it is known what more tokens make of them?"""
+    if _own(cache, {"EncoderDecoderCache"}):
+        return known(cache.self_attention_cache) and _own(cache.cross_attention_cache, {"DynamicCache"})
     layers = getattr(cache, "layers", None)
     if not _own(cache, {"DynamicCache"}) or not isinstance(layers, list):
         return False
-    known = {*_GROWING, *_SLIDING, "LinearAttentionLayer", "DummyLayer"}
-    return all(_own(layer, known) for layer in layers) and any(_RECURRENT in type(layer).__name__ for layer in layers)
+    return all(_own(layer, {*_GROWING, *_SLIDING, "LinearAttentionLayer", "DummyLayer"}) for layer in layers)
+
+
+def recurrent(cache: Any) -> bool:
+    """Do some of its layers keep a state of one size however long the text is?"""
+    return any(_RECURRENT in type(layer).__name__ for layer in getattr(cache, "layers", None) or ())
 
 
 def lengthen(cache: Any, tokens: int) -> None:
-    """Make a recurrent cache what it would be after so many more tokens of text: empty keys and values, longer."""
-    for layer in cache.layers:
+    """Make a known cache what it would be after so many more tokens of text: empty keys and values, longer."""
+    for layer in getattr(cache, "self_attention_cache", cache).layers:
         name, keys = type(layer).__name__, getattr(layer, "keys", None)
         if name in _SLIDING:
             layer.cumulative_length += tokens

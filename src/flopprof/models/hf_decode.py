@@ -7,7 +7,7 @@ is handed back to it with one new token, whose operators are counted. No sequenc
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeVar
@@ -19,7 +19,18 @@ from flopprof.counting.questions import failures
 from flopprof.counting.runtime import FlopCounter
 from flopprof.counting.values import carried, moved, needs_values
 from flopprof.errors import FlopprofError, ModelFailed, UsageError
-from flopprof.models.hf_cache import Held, Kept, allocated, cache_in, changed, held, lengthen, recurrent
+from flopprof.models.hf_cache import (
+    Held,
+    Kept,
+    allocated,
+    cache_in,
+    changed,
+    held,
+    known,
+    layers_of,
+    lengthen,
+    recurrent,
+)
 from flopprof.models.hf_config import load_transformers
 from flopprof.models.hf_inputs import make_inputs
 from flopprof.models.hf_maker import Maker, ids, reach
@@ -40,24 +51,31 @@ _ONLY_LAST = ("logits_to_keep", "num_logits_to_keep")
 class Step:
     """One new token for each sequence of a batch, after `context` in the cache: its counts, and what it read.
 
-    kept: the cache that it found. reads: of the model's own tensors, by name.
+    cache, layers: classes of the cache and of its layers. kept: what it found there. reads: of the model's own
+    tensors, by name. allocated: bytes of the memory in which the cache's tensors lay; None where its prompt was not
+    run as a whole. windows: of its layers that slide.
     """
 
     context: int
     batch: int
     profile: Profile
+    cache: str
+    layers: tuple[str, ...]
     kept: tuple[Kept, ...]
+    allocated: int | None
+    windows: tuple[int, ...]
     reads: Mapping[str, Read] = field(repr=False)
     shapes: Mapping[str, tuple[int, ...]] = field(repr=False)
 
 
 @dataclass(frozen=True)
-class Filled:
-    """What a prefill leaves and read: bytes of memory that the cache's tensors lie in, its class, and reads by name."""
+class _Full:
+    """A cache that a prompt has filled, under which name it is handed back, and the output that it came with."""
 
-    allocated: int
-    cache: str
-    reads: Mapping[str, Read] = field(repr=False)
+    name: str
+    cache: Any
+    output: Any
+    whole: bool = True  # every token of the prompt ran
 
 
 @dataclass(frozen=True)
@@ -70,6 +88,9 @@ class Generator:
     workload: Workload
     request: Request
     attention: Attention = "full"
+    _whole: list[bool] = field(
+        default_factory=list, init=False, repr=False
+    )  # filled once prompts are known to run whole
 
     @property
     def model(self) -> Any:
@@ -80,6 +101,12 @@ class Generator:
     def paired(self) -> bool:
         """Is there an encoder, whose output the decoder reads through a cross-attention?"""
         return bool(getattr(self.model.config, "is_encoder_decoder", False))
+
+    @property
+    def reads_text(self) -> bool:
+        """Is its first input made of tokens?"""
+        main = self.model.main_input_name
+        return "input_ids" in (main if isinstance(main, list) else [main])
 
     @property
     def taken(self) -> Mapping[str, inspect.Parameter]:
@@ -128,22 +155,25 @@ class Generator:
             kwargs = self.prompt(batch, length, source)
             return replace(self.workload, args=(), kwargs=kwargs).count(attention=self.attention, fold=fold)
 
-    def filled(self, batch: int, length: int, source: int | None = None) -> Filled:
-        """The cache that a prefill leaves, before any token has followed. Raises ModelFailed, UsageError."""
+    def read(self, length: int, source: int | None = None) -> Mapping[str, Read]:
+        """What the prefill of one sequence reads of the model's own tensors. Raises ModelFailed, UsageError."""
 
-        def look(_values: bool) -> Filled:
+        def look(_values: bool) -> Mapping[str, Read]:
             with Reads(self.workload.model) as reads:
-                _name, cache, _output = self._at(batch, length, source)
-            return Filled(allocated(cache), type(cache).__name__, reads.reads)
+                self._at(1, length, source)
+            return dict(reads.reads)
 
         return self._attempt(look)
 
-    def steps(self, batch: int, context: int, source: int | None = None, number: int = 1) -> list[Step]:
-        """Single tokens one after the other, the first after `context` in the cache. Raises ModelFailed, UsageError."""
+    def steps(self, batch: int, contexts: Sequence[int], source: int | None = None) -> list[Step]:
+        """A single token after each of these contexts, ascending. Raises ModelFailed, UsageError.
+
+        The prompt of the first runs; what follows it does too, token by token, but where tokens are left out between
+        two contexts, and all of the cache's layers are transformers' own, keys and values are made longer instead.
+        """
 
         def run(values: bool) -> list[Step]:
-            name, cache, output = self._at(batch, context, source)
-            return list(self._follow(batch, context, number, name, cache, output, values=values))
+            return list(self._follow(batch, contexts, source, values=values))
 
         return self._attempt(run)
 
@@ -174,8 +204,8 @@ class Generator:
             stack.enter_context(torch.no_grad())
             yield
 
-    def _fill(self, batch: int, length: int, source: int | None) -> tuple[str, Any, Any]:
-        """(name of the argument, the cache, the output) of a prefill that is not counted."""
+    def _fill(self, batch: int, length: int, source: int | None) -> _Full:
+        """After a prefill that is not counted. Raises UsageError where the model keeps nothing."""
         kwargs = dict(self.prompt(batch, length, source))
         output = self.model(**(moved(kwargs) if self.workload.device == "meta" else kwargs))
         found = cache_in(output)
@@ -184,45 +214,66 @@ class Generator:
                 f"{self.workload.name} ({type(self.workload.model).__name__}) keeps no cache between tokens: each new "
                 "token costs a forward of the whole text, which a count without --mode tells."
             )
-        return (*found, output)
+        return _Full(*found, output)
 
-    def _at(self, batch: int, context: int, source: int | None) -> tuple[str, Any, Any]:
+    def _at(self, batch: int, context: int, source: int | None) -> _Full:
         """As _fill; of a recurrent model, which runs a prompt token by token, from a short prompt where that is proved.
 
         The proof: of two short prompts, one lengthened is the other, tensor by tensor.
         """
         least, more = _SHORT
-        if context <= more or self.paired or not self._text_alone:
+        if context <= more or self.paired or not self._text_alone or self._whole:
             return self._fill(batch, context, source)
-        name, cache, output = self._fill(batch, least, source)
-        if not recurrent(cache):
-            return self._fill(batch, context, source)
-        lengthen(cache, more - least)
-        _name, longer, _output = self._fill(batch, more, source)
-        if [_outline(item) for item in held(cache)] != [_outline(item) for item in held(longer)]:
-            return self._fill(batch, context, source)
-        lengthen(longer, context - more)
-        return name, longer, output
+        short = self._fill(batch, least, source)
+        if known(short.cache) and recurrent(short.cache):
+            lengthen(short.cache, more - least)
+            longer = self._fill(batch, more, source)
+            if [_outline(item) for item in held(short.cache)] == [_outline(item) for item in held(longer.cache)]:
+                lengthen(longer.cache, context - more)
+                return replace(longer, whole=False)
+        self._whole.append(True)
+        return self._fill(batch, context, source)
 
     @property
     def _text_alone(self) -> bool:
         return not any(isinstance(v, torch.Tensor) for k, v in self.workload.kwargs.items() if k != "input_ids")
 
-    def _follow(
-        self, batch: int, context: int, number: int, name: str, cache: Any, output: Any, *, values: bool
-    ) -> Iterator[Step]:
-        given = self._next(batch, output)
-        for done in range(number):
-            before = list(held(cache))
-            counter, reads = FlopCounter(self.workload.model, attention=self.attention), Reads(self.workload.model)
-            with carried(counter.assume) if values else nullcontext(), reads, counter:
-                output = self.model(**given, **{name: cache})
-            found = cache_in(output)
-            if found is None:
-                raise UsageError(f"{self.workload.name} returns no cache after a token: how it goes on is not known.")
-            cache = found[1]
-            kept = changed(before, list(held(cache)), self._latent)
-            yield Step(context + done, batch, self._named(counter.profile, batch), kept, reads.reads, reads.shapes)
+    def _follow(self, batch: int, contexts: Sequence[int], source: int | None, *, values: bool) -> Iterator[Step]:
+        full = self._at(batch, contexts[0], source)
+        now = contexts[0]
+        for context in contexts:
+            if context != now and known(full.cache):
+                lengthen(full.cache, context - now)
+                full = replace(full, whole=False)
+            elif context != now:
+                full = self._at(batch, context, source)
+            step, cache = self._step(batch, context, full, values=values)
+            full, now = replace(full, cache=cache), context + 1
+            yield step
+
+    def _step(self, batch: int, context: int, full: _Full, *, values: bool) -> tuple[Step, Any]:
+        before, memory = list(held(full.cache)), allocated(full.cache) if full.whole else None
+        counter, reads = FlopCounter(self.workload.model, attention=self.attention), Reads(self.workload.model)
+        given = {**self._next(batch, full.output), full.name: full.cache}
+        with carried(counter.assume) if values else nullcontext(), reads, counter:
+            output = self.model(**given)
+        found = cache_in(output)
+        if found is None:
+            raise UsageError(f"{self.workload.name} returns no cache after a token: how it goes on is not known.")
+        cache = found[1]
+        step = Step(
+            context=context,
+            batch=batch,
+            profile=self._named(counter.profile, batch),
+            cache=type(cache).__name__,
+            layers=layers_of(cache),
+            kept=changed(before, list(held(cache)), self.latent),
+            allocated=memory,
+            windows=tuple(sorted({item.window for item in before if item.window is not None})),
+            reads=reads.reads,
+            shapes=reads.shapes,
+        )
+        return step, cache
 
     def _next(self, batch: int, output: Any) -> dict[str, Any]:
         """Arguments for one new token of each sequence, besides the cache."""
@@ -242,8 +293,11 @@ class Generator:
         return with_fields(profile, target=self.workload.name, tokens=batch, samples=batch, assumptions=said)
 
     @property
-    def _latent(self) -> frozenset[int]:
-        """Widths of the compressed entries that multi-head latent attention keeps (DeepSeek-V2, arXiv 2405.04434)."""
+    def latent(self) -> frozenset[int]:
+        """Widths of the compressed entries that multi-head latent attention keeps (DeepSeek-V2, arXiv 2405.04434).
+
+        The largest is that of all that it keeps of a token in one layer.
+        """
         text = Maker(self.workload.model, self.request, self.workload.device).text
         if not isinstance(getattr(text, "kv_lora_rank", None), int):
             return frozenset()
