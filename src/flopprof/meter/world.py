@@ -174,8 +174,8 @@ class World(msgspec.Struct, frozen=True, kw_only=True):
         return "\n".join(f"{label:<{width}}  {text}" for label, text in lines)
 
 
-def rank_report(records: Sequence[StepRecord], peak: Peak, *, rank: int, **about: Any) -> RankReport:
-    """The sums of one rank's steps. peak: rate -> FLOP/s of its device. about: further fields of RankReport."""
+def rank_report(records: Sequence[StepRecord], limit: Peak, *, rank: int, **about: Any) -> RankReport:
+    """The sums of one rank's steps. limit: rate -> FLOP/s of its device. about: further fields of RankReport."""
     usable = timed(records)
     flops, every = flops_by_rate(usable), flops_by_rate(records)
     model, hardware = ({rate: row[which] for rate, row in flops.items()} for which in (0, 1))
@@ -188,8 +188,8 @@ def rank_report(records: Sequence[StepRecord], peak: Peak, *, rank: int, **about
         time_s=sum(record.step_time_s for record in usable),
         timed_model_flops=sum(model.values()),
         timed_hardware_flops=sum(hardware.values()),
-        ideal_s=ideal_time_s(model, peak) if usable else None,
-        ideal_hardware_s=ideal_time_s(hardware, peak) if usable else None,
+        ideal_s=ideal_time_s(model, limit) if usable else None,
+        ideal_hardware_s=ideal_time_s(hardware, limit) if usable else None,
         step_time_s=percentiles([record.step_time_s for record in usable]) if usable else None,
         data_wait_s=sum(record.data_wait_s for record in usable),
         tokens=sum(record.tokens for record in usable),
@@ -258,7 +258,7 @@ def host() -> str:
 
 
 def shares_data(modules: Iterable[Any]) -> bool:
-    """Is a model sharded so that several ranks multiply the same batch: DTensor parameters that are not FSDP's alone?"""
+    """Do several ranks multiply the same batch: are there DTensor parameters that are not FSDP's alone?"""
     import torch.distributed as dist
 
     if not dist.is_available():
