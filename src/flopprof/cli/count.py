@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from flopprof.cli.files import Files
 from flopprof.cli.options import AttentionPairs, Backward, Fold, Wanted, taken
-from flopprof.cli.output import console, progress, require_writable, write_text
-from flopprof.errors import UncountedOperators, UsageError
+from flopprof.cli.output import console, progress
+from flopprof.errors import UncountedOperators
 
 if TYPE_CHECKING:
     from flopprof.profile import Profile
@@ -38,46 +39,16 @@ def count(
             help="Unit of the counts: FLOPs, or MACs (multiply-adds; 1 MAC = 2 FLOPs).", rich_help_panel=_REPORT
         ),
     ] = "flop",
-    json: Annotated[
-        str | None,
-        typer.Option(
-            help="Write the whole profile as JSON; - is standard output, instead of the tables.",
-            metavar="FILE",
-            rich_help_panel=_REPORT,
-        ),
-    ] = None,
-    csv: Annotated[
-        str | None,
-        typer.Option(
-            help="Write one row per module and operator, in FLOPs; - is standard output, instead of the tables.",
-            metavar="FILE",
-            rich_help_panel=_REPORT,
-        ),
-    ] = None,
-    save_routing: Annotated[
-        str | None,
-        typer.Option(
-            help="Write the tokens that each expert got, for --routing; of a run on real numbers (--device cpu, cuda).",
-            metavar="FILE",
-            rich_help_panel=_REPORT,
-        ),
-    ] = None,
     strict: Annotated[
         bool,
         typer.Option(
             "--strict", help="Exit with 1, printing nothing, if an operator has no formula.", rich_help_panel=_REPORT
         ),
     ] = False,
+    files: Files,
 ) -> None:
     """Count a model's FLOPs: by module, by operator, and in total. One multiply-add is 2 FLOPs."""
-    if (json, csv, save_routing).count("-") > 1:
-        raise UsageError("several options ask for standard output by -: give all but one of them a file.")
-    for path in (json, csv, save_routing):
-        require_writable(path)
-
     with progress(f"Counting {wanted.target}"):
-        from flopprof.report.csv import to_csv
-
         workload = wanted.load()
         profile = workload.count(
             backward=backward or wanted.checkpointing, attention=attention, lines=by == "line", fold=fold
@@ -88,20 +59,13 @@ def count(
             "Give each one with flopprof.register_formula, or leave --strict out."
         )
     mismatch = workload.stored().get("mismatch")
-    if mismatch is not None and "-" in (json, csv):
+    if mismatch is not None and files.take_stdout:
         typer.echo(f"flopprof: {mismatch}", err=True)
-    if json is not None:
-        write_text(json, profile.to_json())
-    if csv is not None:
-        write_text(csv, to_csv(profile))
-    if save_routing is not None:
-        from flopprof.models.routing import to_json
-
-        write_text(save_routing, to_json(profile))
-    if "-" not in (json, csv, save_routing):
+    heading = f"{workload.describe()}, {profile.device}"
+    files.write(profile, heading=heading, depth=depth)
+    if not files.take_stdout:
         from flopprof.report.console import render
 
-        heading = f"{workload.describe()}, {profile.device}"
         sources = _sources(profile) if by == "line" else None
         report = render(
             profile, heading=heading, depth=depth, by=by, unit=unit, sources=sources, stored=workload.stored()

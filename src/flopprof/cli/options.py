@@ -6,7 +6,7 @@ import ast
 import functools
 import inspect
 from collections.abc import Callable
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, fields, is_dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
 import typer
@@ -224,32 +224,46 @@ class Wanted:
 
 
 def taken(command: Callable[..., None]) -> Callable[..., None]:
-    """The command with the fields of Wanted as options, in the place of its parameter `wanted`, and --traceback."""
+    """The command with --traceback, and each parameter that is a dataclass of options replaced by its fields."""
     signature = inspect.signature(command, eval_str=True)
-    hints = get_type_hints(Wanted, include_extras=True)
-    options = [
+    groups: dict[str, tuple[type, tuple[str, ...]]] = {}
+    parameters: list[inspect.Parameter] = []
+    for parameter in signature.parameters.values():
+        if isinstance(parameter.annotation, type) and is_dataclass(parameter.annotation):
+            options = _options_of(parameter.annotation)
+            groups[parameter.name] = parameter.annotation, tuple(option.name for option in options)
+            parameters += options
+        else:
+            parameters.append(parameter)
+    parameters.append(
+        inspect.Parameter("traceback", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Traceback)
+    )
+
+    @functools.wraps(command)
+    def run(ctx: typer.Context, **given: Any) -> None:
+        ctx.meta["flopprof.traceback"] = given.pop("traceback")
+        for name, (group, options) in groups.items():
+            chosen = group(**{option: given.pop(option) for option in options})
+            chosen.check()
+            given[name] = chosen
+        command(ctx, **given)
+
+    run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]  # read by inspect
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters} | {"return": None}
+    return run
+
+
+def _options_of(group: type) -> list[inspect.Parameter]:
+    hints = get_type_hints(group, include_extras=True)
+    return [
         inspect.Parameter(
             field.name,
             inspect.Parameter.KEYWORD_ONLY,
             default=inspect.Parameter.empty if field.default is MISSING else field.default,
             annotation=hints[field.name],
         )
-        for field in fields(Wanted)
+        for field in fields(group)
     ]
-    context, _wanted, *own = signature.parameters.values()
-
-    @functools.wraps(command)
-    def run(ctx: typer.Context, **given: Any) -> None:
-        ctx.meta["flopprof.traceback"] = given.pop("traceback")
-        wanted = Wanted(**{option.name: given.pop(option.name) for option in options})
-        wanted.check()
-        command(ctx, wanted, **given)
-
-    shown = inspect.Parameter("traceback", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Traceback)
-    parameters = [context, *options, *own, shown]
-    run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]  # read by inspect
-    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters} | {"return": None}
-    return run
 
 
 def parse_model_arg(text: str) -> tuple[str, object]:
