@@ -18,10 +18,13 @@ if TYPE_CHECKING:
     from flopprof.hardware import Peak as Peak
     from flopprof.hardware import measure_peak as measure_peak
     from flopprof.hardware import peak as peak
+    from flopprof.inference import Inference as Inference
+    from flopprof.inference import inference as inference
     from flopprof.ledger import reconcile as reconcile
     from flopprof.meter import Meter as Meter
     from flopprof.models import Workload as Workload
     from flopprof.models import load as load
+    from flopprof.plan import plan as plan
     from flopprof.profile import Profile as Profile
 
 __version__ = "0.1.0.dev0"
@@ -39,16 +42,20 @@ _HOME = {
     "Peak": "flopprof.hardware",
     "measure_peak": "flopprof.hardware",
     "peak": "flopprof.hardware",
+    "Inference": "flopprof.inference",
+    "inference": "flopprof.inference",
     "reconcile": "flopprof.ledger",
     "Meter": "flopprof.meter",
     "Workload": "flopprof.models",
     "load": "flopprof.models",
+    "plan": "flopprof.plan",
     "Profile": "flopprof.profile",
 }
 __all__ = [
     "Cost",
     "FlopCounter",
     "FlopprofError",
+    "Inference",
     "Meter",
     "Peak",
     "Profile",
@@ -56,9 +63,11 @@ __all__ = [
     "assert_flops",
     "count",
     "diff",
+    "inference",
     "load",
     "measure_peak",
     "peak",
+    "plan",
     "reconcile",
     "region",
     "register_formula",

@@ -16,6 +16,7 @@ from flopprof.cli.crosscheck import crosscheck
 from flopprof.cli.diff import diff
 from flopprof.cli.models import models
 from flopprof.cli.peaks import peaks
+from flopprof.cli.plan import plan
 from flopprof.cli.reconcile import reconcile
 from flopprof.errors import FlopprofError
 
@@ -78,6 +79,8 @@ app.command(
 )(diff)
 app.command(epilog="Example:\n\nflopprof models llama")(models)
 app.command(epilog="Examples:\n\nflopprof peaks H100\n\nflopprof peaks --measure --dtype bf16")(peaks)
+_PLANS = "Examples:\n\nflopprof plan --params 7e9 --tokens 1e12 --hardware H100 --mfu 0.5 --price 2"
+app.command(epilog=f"{_PLANS}\n\nflopprof plan llama-3.1-70b --hardware H100 --zero 3 --devices 64")(plan)
 
 
 def main() -> None:

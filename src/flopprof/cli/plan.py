@@ -1,0 +1,241 @@
+"""`flopprof plan`: time, money, energy and memory of a training run or a service."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+import typer
+
+from flopprof.cli.options import Traceback
+from flopprof.cli.output import console, require_writable, write_text
+from flopprof.errors import UsageError
+from flopprof.units import parse_count, parse_share
+
+_MODEL, _RUN, _HARDWARE = "The model", "The run", "The hardware"
+_MEMORY, _SERVING, _REPORT = "Training memory", "Decoding", "What is printed"
+_BARE = {"tied", "gated"}
+
+
+def plan(
+    ctx: typer.Context,
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            help="A text model that `flopprof models` lists (llama-3.1-8b); else --params or --shape.",
+            metavar="[MODEL]",
+            show_default=False,
+        ),
+    ] = None,
+    *,
+    params: Annotated[
+        str | None, typer.Option(help="Parameters: 7e9, 70B.", metavar="N", rich_help_panel=_MODEL)
+    ] = None,
+    active_params: Annotated[
+        str | None,
+        typer.Option(help="Of these, the ones that a token visits (experts).", metavar="N", rich_help_panel=_MODEL),
+    ] = None,
+    shape: Annotated[
+        str | None,
+        typer.Option(
+            help="Sizes: layers=32,d_model=4096,heads=32,vocab=32000[,kv_heads=8,d_ff=11008,gated=true,...].",
+            metavar="SIZES",
+            rich_help_panel=_MODEL,
+        ),
+    ] = None,
+    seq: Annotated[
+        int | None,
+        typer.Option(
+            help="Tokens of a text; default: 4096, or as far as the model reaches.",
+            metavar="N",
+            min=1,
+            rich_help_panel=_MODEL,
+        ),
+    ] = None,
+    tokens: Annotated[
+        str | None, typer.Option(help="Tokens trained on: 1e12, 1.4T.", metavar="D", rich_help_panel=_RUN)
+    ] = None,
+    flops: Annotated[
+        str | None, typer.Option(help="FLOPs of the whole training: 3.8e25.", metavar="C", rich_help_panel=_RUN)
+    ] = None,
+    count_by: Annotated[
+        Literal["6nd", "detailed"] | None,
+        typer.Option(
+            help="FLOPs as 6 x active parameters x tokens, or as three forwards with attention over all pairs; "
+            "default: detailed where the shape is known.",
+            show_default=False,
+            rich_help_panel=_RUN,
+        ),
+    ] = None,
+    hardware: Annotated[
+        str | None,
+        typer.Option(help="A device that `flopprof peaks` lists: H100.", metavar="DEVICE", rich_help_panel=_HARDWARE),
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="Of the products; default: bf16, else fp16.", metavar="DTYPE", rich_help_panel=_HARDWARE),
+    ] = None,
+    peak: Annotated[
+        str | None,
+        typer.Option(help="FLOP/s of a device, instead of the table's.", metavar="FLOP/S", rich_help_panel=_HARDWARE),
+    ] = None,
+    bandwidth: Annotated[
+        str | None,
+        typer.Option(help="Bytes/s of its memory, instead of the table's.", metavar="B/S", rich_help_panel=_HARDWARE),
+    ] = None,
+    mfu: Annotated[
+        str | None,
+        typer.Option(help="Model FLOPs utilisation: 0.4 or 40%; default: 1.", metavar="SHARE", rich_help_panel=_RUN),
+    ] = None,
+    devices: Annotated[int | None, typer.Option(metavar="N", min=1, rich_help_panel=_RUN)] = None,
+    days: Annotated[float | None, typer.Option(metavar="DAYS", rich_help_panel=_RUN)] = None,
+    device_hours: Annotated[
+        str | None, typer.Option(help="Of all devices together.", metavar="HOURS", rich_help_panel=_RUN)
+    ] = None,
+    price: Annotated[float | None, typer.Option(help="USD a device-hour.", metavar="USD", rich_help_panel=_RUN)] = None,
+    cost: Annotated[str | None, typer.Option(help="USD in all: 1e6, 2M.", metavar="USD", rich_help_panel=_RUN)] = None,
+    power: Annotated[
+        float | None,
+        typer.Option(help="W a device, as measured; default: its TDP.", metavar="WATTS", rich_help_panel=_RUN),
+    ] = None,
+    pue: Annotated[
+        float, typer.Option(help="Power of the building over that of its devices.", rich_help_panel=_RUN)
+    ] = 1.0,
+    co2: Annotated[float | None, typer.Option(help="kg of CO2 a kWh.", metavar="KG", rich_help_panel=_RUN)] = None,
+    micro_batch: Annotated[int, typer.Option(metavar="N", min=1, rich_help_panel=_MEMORY)] = 1,
+    checkpointing: Annotated[
+        Literal["none", "selective", "full"], typer.Option(help="Of activations.", rich_help_panel=_MEMORY)
+    ] = "none",
+    zero: Annotated[
+        int,
+        typer.Option(
+            help="What data parallel ranks share out: 1 optimizer, 2 gradients too, 3 weights too (FSDP).",
+            min=0,
+            max=3,
+            rich_help_panel=_MEMORY,
+        ),
+    ] = 0,
+    tp: Annotated[int, typer.Option(help="Tensor parallel ranks.", metavar="N", min=1, rich_help_panel=_MEMORY)] = 1,
+    sequence_parallel: Annotated[
+        bool, typer.Option("--sequence-parallel", help="Split norms over them too.", rich_help_panel=_MEMORY)
+    ] = False,
+    pp: Annotated[int, typer.Option(help="Pipeline stages.", metavar="N", min=1, rich_help_panel=_MEMORY)] = 1,
+    precision: Annotated[Literal["mixed", "fp32", "bf16"], typer.Option(rich_help_panel=_MEMORY)] = "mixed",
+    optimizer: Annotated[Literal["adamw", "momentum", "sgd"], typer.Option(rich_help_panel=_MEMORY)] = "adamw",
+    keep_scores: Annotated[
+        bool,
+        typer.Option("--keep-scores", help="Attention keeps its scores: no fused kernel.", rich_help_panel=_MEMORY),
+    ] = False,
+    dropout: Annotated[
+        bool, typer.Option("--dropout", help="Dropout's masks are kept too.", rich_help_panel=_MEMORY)
+    ] = False,
+    batch: Annotated[
+        int, typer.Option(help="Sequences decoded together.", metavar="N", min=1, rich_help_panel=_SERVING)
+    ] = 1,
+    context: Annotated[
+        int | None,
+        typer.Option(
+            help="Tokens before the decoded one; default: --seq.", metavar="N", min=0, rich_help_panel=_SERVING
+        ),
+    ] = None,
+    weight_bits: Annotated[int, typer.Option(help="16, 8, 4.", metavar="BITS", min=1, rich_help_panel=_SERVING)] = 16,
+    serving_devices: Annotated[
+        int, typer.Option(help="Devices that share a step evenly.", metavar="N", min=1, rich_help_panel=_SERVING)
+    ] = 1,
+    published: Annotated[
+        bool, typer.Option("--published", help="Show published runs and their utilisation.", rich_help_panel=_REPORT)
+    ] = False,
+    json: Annotated[
+        str | None,
+        typer.Option(
+            help="Write the plan as JSON; - is standard output, instead of the page.",
+            metavar="FILE",
+            rich_help_panel=_REPORT,
+        ),
+    ] = None,
+    traceback: Traceback = False,
+) -> None:
+    """Plan training or serving: from some of model, tokens, FLOPs, devices, days, money and MFU, the rest."""
+    ctx.meta["flopprof.traceback"] = traceback
+    require_writable(json)
+    if published:
+        _published(json)
+        return
+    from flopprof.plan.make import plan as make
+    from flopprof.plan.memory import Layout
+    from flopprof.plan.serving import Service
+
+    found = make(
+        model,
+        params=_count(params),
+        active_params=_count(active_params),
+        shape=None if shape is None else _shape(shape),
+        seq=seq,
+        tokens=_count(tokens),
+        flops=_count(flops),
+        count_by=count_by,
+        hardware=hardware,
+        dtype=dtype,
+        peak=_count(peak),
+        bandwidth=_count(bandwidth),
+        mfu=None if mfu is None else float(parse_share(mfu)),
+        devices=devices,
+        days=days,
+        device_hours=_count(device_hours),
+        price=price,
+        cost=_count(cost),
+        power_w=power,
+        pue=pue,
+        co2_kg_per_kwh=co2,
+        layout=Layout(
+            precision=precision,
+            optimizer=optimizer,
+            checkpointing=checkpointing,
+            zero=zero,
+            tp=tp,
+            pp=pp,
+            micro_batch=micro_batch,
+            sequence_parallel=sequence_parallel,
+            fused_attention=not keep_scores,
+            dropout=dropout,
+        ),
+        service=Service(batch=batch, context=context, weight_bits=weight_bits, devices=serving_devices),
+    )
+    if json is not None:
+        write_text(json, found.to_json())
+    if json != "-":
+        from flopprof.report.plan import render
+
+        console().print(render(found), crop=False)
+
+
+def _published(json: str | None) -> None:
+    from flopprof.plan.published import runs
+
+    if json is not None:
+        import msgspec
+
+        write_text(json, msgspec.json.format(msgspec.json.encode({"runs": runs()}), indent=1).decode())
+    if json != "-":
+        from flopprof.report.plan import render_runs
+
+        console().print(render_runs(runs()), crop=False)
+
+
+def _count(text: str | None) -> int | None:
+    return None if text is None else parse_count(text)
+
+
+def _shape(text: str) -> dict[str, Any]:  # sizes are ints, two are booleans
+    """`layers=32,d_model=4096,gated` as fields of TransformerShape. Raises UsageError."""
+    sizes: dict[str, Any] = {}
+    for part in text.split(","):
+        name, equals, value = part.strip().partition("=")
+        if not equals and name in _BARE:
+            sizes[name] = True
+        elif equals and value.lower() in ("true", "false"):
+            sizes[name] = value.lower() == "true"
+        elif equals:
+            sizes[name] = parse_count(value)
+        else:
+            raise UsageError(f"cannot read {part!r} of --shape: write it as layers=32.")
+    return sizes

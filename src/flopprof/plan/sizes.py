@@ -1,0 +1,106 @@
+"""The model of a plan: how many parameters, what a token costs, and the shape behind it where one is known."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+from flopprof.analytic import TransformerShape
+from flopprof.errors import UsageError
+
+_TEXT = ("decoder", "encoder", "encoder-decoder")
+_SEQ = 4096
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """What a plan needs to know of a model.
+
+    forward_per_token: FLOPs of a forward, on average in a text of `seq` tokens, attention over every pair; None: only
+    the number of parameters is known. decodes: it writes token after token. assumption: what was taken for granted.
+    """
+
+    name: str | None
+    params: int
+    active: int
+    seq: int
+    shape: TransformerShape | None = None
+    forward_per_token: int | None = None
+    decodes: bool = True
+    assumption: str = ""
+
+
+def of_numbers(params: int, active: int | None, seq: int | None) -> Sizes:
+    """A model of which only its parameters are known. Raises UsageError."""
+    if params < 1:
+        raise UsageError(f"params must be positive, got {params}.")
+    if active is not None and not 0 < active <= params:
+        raise UsageError(f"active params must be between 1 and all {params:,}, got {active:,}.")
+    return Sizes(name=None, params=params, active=active or params, seq=seq or _SEQ)
+
+
+def of_shape(shape: TransformerShape | Mapping[str, Any], seq: int | None, params: int | None) -> Sizes:
+    """A model of the given sizes (fields of TransformerShape). Raises UsageError, naming what is wrong."""
+    from flopprof.models.catalogue import forward_flops_per_token
+
+    if isinstance(shape, Mapping):
+        try:
+            shape = msgspec.convert({"seq": seq or _SEQ, **shape}, TransformerShape, strict=False)
+        except (msgspec.ValidationError, ValueError) as error:
+            fields = ", ".join(TransformerShape.__struct_fields__)
+            raise UsageError(f"not the shape of a transformer: {error} (fields: {fields}).") from error
+    if seq is not None and seq != shape.seq:
+        shape = msgspec.structs.replace(shape, seq=seq)
+    active, total = shape.n_params_active, shape.n_params
+    if params is not None:
+        active, total = active + params - total, params
+    return Sizes(
+        name=None,
+        params=total,
+        active=active,
+        seq=shape.seq,
+        shape=shape,
+        forward_per_token=forward_flops_per_token(shape),
+        decodes=not shape.encoder_layers,
+    )
+
+
+def of_name(name: str, seq: int | None) -> Sizes:
+    """A model of the catalogue. Raises UsageError for names it does not have, and for models that read no text."""
+    from flopprof.models import catalogue
+
+    entry = catalogue.entries().get(name.lower())
+    if entry is None:
+        near = ", ".join(row.name for row in catalogue.find(name)[:4])
+        more = f" Near: {near}." if near else ""
+        raise UsageError(f"no model goes by {name!r}: `flopprof models` lists them; else give params or a shape.{more}")
+    if entry.kind not in _TEXT:
+        raise UsageError(f"{entry.name} is no text model ({entry.kind}): a plan is in tokens. Give params or flops.")
+    active = entry.active or entry.parameters
+    if entry.forward is None and entry.kind != "encoder-decoder":
+        shape = TransformerShape.from_config(entry.facts(), seq=seq or entry.tokens())
+        per_token = catalogue.forward_flops_per_token(shape)
+        return Sizes(
+            name=entry.name,
+            params=entry.parameters,
+            active=active,
+            seq=shape.seq,
+            shape=shape,
+            forward_per_token=per_token,
+            decodes=entry.kind == "decoder",
+        )
+    cost = entry.cost()
+    at = cost.tokens or _SEQ
+    assumption = "" if seq in (None, at) else f"FLOPs per token as in a text of {at} tokens: no closed form is known"
+    return Sizes(
+        name=entry.name,
+        params=entry.parameters,
+        active=active,
+        seq=seq or at,
+        forward_per_token=cost.flops,
+        decodes=entry.kind == "decoder",
+        assumption=assumption,
+    )
