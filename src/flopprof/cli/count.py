@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from flopprof.cli.files import Files
+from flopprof.cli.inference import Generation
 from flopprof.cli.options import AttentionPairs, Backward, Fold, Wanted, taken
 from flopprof.cli.output import console, progress
 from flopprof.errors import UncountedOperators
@@ -45,9 +46,13 @@ def count(
             "--strict", help="Exit with 1, printing nothing, if an operator has no formula.", rich_help_panel=_REPORT
         ),
     ] = False,
+    generation: Generation,
     files: Files,
 ) -> None:
     """Count a model's FLOPs: by module, by operator, and in total. One multiply-add is 2 FLOPs."""
+    if generation.asked:
+        generation.run(ctx, wanted, files, attention=attention, fold=fold, strict=strict)
+        return
     with progress(f"Counting {wanted.target}"):
         workload = wanted.load()
         profile = workload.count(

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from flopprof.models.hf_decode import Generator, Step
-from flopprof.models.hf_reads import plain
+from flopprof.models.hf_reads import Weights, plain
 
 _RUN_ALL = 10  # so few are run one after the other
 _IN_A_ROW = 4
@@ -26,9 +26,9 @@ class Amounts(NamedTuple):
     rows: int
 
 
-def amounts(step: Step, stacks: Collection[str]) -> Amounts:
-    """What a step of a batch of 1 takes. stacks: names of experts' tensors, which are told apart."""
-    weights, rows = plain(step.reads, stacks)
+def amounts(step: Step, known: Weights) -> Amounts:
+    """What a step of a batch of 1 takes. known: which of the model's own tensors are experts', and so apart."""
+    weights, rows = plain(step.reads, known.stacks, known.steady)
     return Amounts(
         step.profile.forward_flops,
         sum(item.n_bytes for item in step.kept),
@@ -41,10 +41,8 @@ def amounts(step: Step, stacks: Collection[str]) -> Amounts:
 class Walk:
     """Amounts of the steps of one sequence after each context from `first` to `last`; `counted`: how many were run."""
 
-    def __init__(
-        self, generator: Generator, first: int, last: int, *, source: int | None, stacks: Collection[str]
-    ) -> None:
-        self._generator, self._source, self._stacks = generator, source, stacks
+    def __init__(self, generator: Generator, first: int, last: int, *, source: int | None, known: Weights) -> None:
+        self._generator, self._source, self._weights = generator, source, known
         self._known: dict[int, Amounts] = {}
         self._bends: tuple[int, ...] = ()
         self.all = self._straight(first, last) if self._regular(first, last) else self._every(range(first, last + 1))
@@ -60,7 +58,7 @@ class Walk:
         missing = sorted(set(contexts) - self._known.keys())
         if missing:
             for step in self._generator.steps(1, missing, self._source):
-                self._known[step.context] = amounts(step, self._stacks)
+                self._known[step.context] = amounts(step, self._weights)
         return [self._known[context] for context in contexts]
 
     def _regular(self, first: int, last: int) -> bool:

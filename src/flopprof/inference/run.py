@@ -17,7 +17,7 @@ from flopprof.inference.bounds import Rates, bounded
 from flopprof.inference.generation import Walk, amounts
 from flopprof.inference.result import MODES, Cache, CachePart, Inference, Mode, Steps
 from flopprof.inference.traffic import Routed, Traffic
-from flopprof.models import load
+from flopprof.models import hf_reads, load
 from flopprof.models.hf_cache import KINDS, Kept
 from flopprof.models.hf_decode import Generator, Step, generator
 from flopprof.models.hf_reads import Weights, plain, weights
@@ -74,8 +74,7 @@ def inference(
     >>> step.flops, step.cache.bytes_per_token
     (19304808448, 131072)
     """
-    sizes = _Sizes(mode, context, prompt if prompt is not None else seq, new, batch)
-    sizes.check(both=prompt is not None and seq is not None)
+    sizes = check_sizes(mode, context=context, prompt=prompt, new=new, batch=batch, seq=seq)
     rates = Rates.read(hardware, flops_per_s, bytes_per_s, memory_bytes)
     if isinstance(target, Workload):
         workload = target
@@ -121,22 +120,26 @@ class _Sizes:
     new: int | None
     batch: int
 
-    def check(self, *, both: bool) -> None:
-        """Raises UsageError where sizes contradict each other or the mode."""
-        if self.mode not in MODES:
-            raise UsageError(f"mode {self.mode!r} is none of {', '.join(MODES)}.")
-        if both:
-            raise UsageError("--prompt and --seq both give the prompt's tokens: leave one of them out.")
-        named = {"--context": self.context, "--prompt": self.prompt, "--new": self.new, "--batch": self.batch}
-        for option, size in named.items():
-            if size is not None and size < 1:
-                raise UsageError(f"{option} is {size}: give a whole number of at least 1.")
-        if self.context is not None and self.mode != "decode":
-            raise UsageError(f"--context is for --mode decode; --mode {self.mode} takes --prompt.")
-        if self.new is not None and self.mode != "generate":
-            raise UsageError(f"--new is for --mode generate, not for --mode {self.mode}.")
-        if self.new is None and self.mode == "generate":
-            raise UsageError("--mode generate needs --new M: how many tokens are to be made.")
+
+def check_sizes(
+    mode: Mode, *, context: int | None, prompt: int | None, new: int | None, batch: int, seq: int | None
+) -> _Sizes:
+    """The sizes of a call. Raises UsageError where they contradict each other or the mode, whatever the model is."""
+    if mode not in MODES:
+        raise UsageError(f"mode {mode!r} is none of {', '.join(MODES)}.")
+    if prompt is not None and seq is not None:
+        raise UsageError("--prompt and --seq both give the prompt's tokens: leave one of them out.")
+    prompt = seq if prompt is None else prompt
+    for option, size in {"--context": context, "--prompt": prompt, "--new": new, "--batch": batch}.items():
+        if size is not None and size < 1:
+            raise UsageError(f"{option} is {size}: give a whole number of at least 1.")
+    if context is not None and mode != "decode":
+        raise UsageError(f"--context is for --mode decode; --mode {mode} takes --prompt.")
+    if new is not None and mode != "generate":
+        raise UsageError(f"--new is for --mode generate, not for --mode {mode}.")
+    if new is None and mode == "generate":
+        raise UsageError("--mode generate needs --new M: how many tokens are to be made.")
+    return _Sizes(mode, context, prompt, new, batch)
 
 
 class _Run:
@@ -246,15 +249,20 @@ class _Run:
     @cached_property
     def traffic(self) -> Traffic:
         """Of a step, as a function of the batch."""
-        found = amounts(self.one, self.read.stacks)
+        found = amounts(self.one, self.read)
         return Traffic(
             flops=found.flops,
             weight_bytes=found.weights,
             row_bytes=found.rows,
             cache_read_bytes=found.read,
             cache_written_bytes=found.written,
-            routed=tuple(Routed(experts=r.experts, chosen=r.chosen, bytes_each=r.n_bytes) for r in self.read.routed),
+            routed=tuple(self._routed(share) for share in self.read.routed),
         )
+
+    def _routed(self, share: hf_reads.Routed) -> Routed:
+        rows = self.one.profile.operators
+        flops = sum(row.flops for row in rows if not share.names.isdisjoint(row.parameter.split(" + ")))
+        return Routed(experts=share.experts, chosen=share.chosen, bytes_each=share.n_bytes, flops=flops)
 
     def decode(self) -> Inference:
         """One step."""
@@ -281,7 +289,7 @@ class _Run:
                     "a generation of it cannot be summed up; --mode decode counts its steps one by one."
                 )
             last = self.start + new - 2
-            walk = Walk(self.made, self.start, last, source=self.source, stacks=self.read.stacks)
+            walk = Walk(self.made, self.start, last, source=self.source, known=self.read)
             for found in walk.all:
                 rest = with_fields(
                     self.traffic,
@@ -313,7 +321,7 @@ class _Run:
         profile = self.made.prefill(self.batch, self.start, self.source, fold=self.fold)
         reads = self.made.read(self.start, self.source)
         shares = sum((share.expected(self.batch * self.start) for share in self.traffic.routed), Fraction(0))
-        whole, rows = plain(reads, self.read.stacks)
+        whole, rows = plain(reads, self.read.stacks, ())
         # Experts of an encoder, which no decoding step meets: a text of usual length leaves none of them out.
         whole += sum(
             read.each * read.shape[0] for name, read in reads.items() if read.grouped and name not in self.read.stacks

@@ -12,11 +12,12 @@ import msgspec
 
 
 class Routed(msgspec.Struct, frozen=True, kw_only=True):
-    """Weights in `experts` shares of `bytes_each`, of which each token takes `chosen`."""
+    """Weights in `experts` shares of `bytes_each`, of which a token takes `chosen`; flops: of one token's products."""
 
     experts: int
     chosen: int
     bytes_each: int
+    flops: int
 
     def expected(self, tokens: int) -> Fraction:
         """Expected bytes of the shares that at least one of so many tokens takes.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -16,24 +17,31 @@ _SEQUENCES = (list, tuple)
 
 @dataclass(frozen=True)
 class Routed:
-    """Weights of which each token takes `chosen` of `experts`, `n_bytes` each."""
+    """Weights of which each token takes `chosen` of `experts`, `n_bytes` each; `names` of their tensors."""
 
     experts: int
     chosen: int
     n_bytes: int
+    names: frozenset[str]
 
 
 @dataclass(frozen=True)
 class Weights:
     """What a step reads of the model's own tensors: `n_bytes` whatever the batch, rows looked up, and experts.
 
-    looked_up: bytes of the rows that each token of the batch looks up. stacks: names of the tensors of experts.
+    looked_up: bytes of the rows that each token of the batch looks up. steady: names of tables of which a step looks up
+    as many rows whatever the batch; they are in n_bytes.
     """
 
     n_bytes: int
     looked_up: int
     routed: tuple[Routed, ...] = ()
-    stacks: frozenset[str] = frozenset()
+    steady: frozenset[str] = frozenset()
+
+    @property
+    def stacks(self) -> frozenset[str]:
+        """Names of the tensors of experts."""
+        return frozenset(name for share in self.routed for name in share.names)
 
 
 @dataclass
@@ -49,11 +57,13 @@ class Read:
 
     @property
     def each(self) -> int:
-        """Bytes of one expert's share of a stack."""
-        count = self.itemsize
-        for size in self.shape[1:]:
-            count *= size
-        return count
+        """Bytes of one row of a table, of one expert's share of a stack."""
+        return self.itemsize * math.prod(self.shape[1:])
+
+    @property
+    def lookups(self) -> int:
+        """Rows, each counted as often as it was looked up."""
+        return self.rows * self.itemsize // self.each
 
 
 class Reads(TorchDispatchMode):
@@ -113,37 +123,47 @@ def weights(one: Mapping[str, Read], many: Mapping[str, Read], shapes: Mapping[s
     """What a step reads, told from one of a single token and one of more tokens, of which each takes its experts.
 
     shapes  of all that the model has. Experts are stacks of which a grouped product or a lookup takes some, slices of
-            a stack of which not all were used, and siblings (`experts.0`, `experts.1`) of which more tokens used more.
-            Of a table of which each token looks up several rows (experts' biases) the rows are shared out alike.
+            a stack of which not all were used, and siblings (`experts.0`, `experts.1`) of which more tokens used more;
+            and tables of as many rows (their biases), of which as many are looked up.
     """
-    routed: dict[tuple[int, int], int] = {}
-    stacks: set[str] = set()
+    routed: dict[tuple[int, int], dict[str, int]] = {}
 
-    def route(experts: int, chosen: int, each: int, *names: str) -> None:
-        routed[experts, chosen] = routed.get((experts, chosen), 0) + each
-        stacks.update(names)
+    def route(experts: int, chosen: int, n_bytes: int, name: str) -> None:
+        names = routed.setdefault((experts, chosen), {})
+        names[name] = names.get(name, 0) + n_bytes
 
     for names in _siblings(one, many, shapes):
-        used = [one[name] for name in names if name in one]
-        route(len(names), len(used), max(read.whole * read.itemsize for read in used), *names)
-    for name, read in one.items():
-        if name in stacks:
-            continue
+        used = [name for name in names if name in one]
+        for name in names:  # each is one share of the group
+            route(len(names), len(used), one[name].whole * one[name].itemsize if name == used[0] else 0, name)
+    apart = {name for names in routed.values() for name in names}
+    rest = {name: read for name, read in one.items() if name not in apart}
+    for name, read in rest.items():
         if 0 < len(read.slices) < read.shape[0]:
             route(read.shape[0], len(read.slices), read.each, name)
         for rows in read.grouped:
             route(read.shape[0], min(rows, read.shape[0]), read.each, name)
-        if read.each and read.rows * read.itemsize > read.each:
-            route(read.shape[0], min(read.rows * read.itemsize // read.each, read.shape[0]), read.each, name)
-    shares = tuple(Routed(experts, chosen, each) for (experts, chosen), each in sorted(routed.items()))
-    return Weights(*plain(one, stacks), shares, frozenset(stacks))
+        if read.rows and len(read.shape) == 3:
+            route(read.shape[0], min(read.lookups, read.shape[0]), read.each, name)
+    for name, read in rest.items():
+        if read.rows and len(read.shape) == 2 and (read.shape[0], read.lookups) in routed:
+            route(read.shape[0], read.lookups, read.each, name)
+    shares = tuple(
+        Routed(experts, chosen, sum(names.values()), frozenset(names))
+        for (experts, chosen), names in sorted(routed.items())
+    )
+    steady = frozenset(name for name, read in rest.items() if name in many and many[name].rows == read.rows > 0)
+    stacks = frozenset(name for share in shares for name in share.names)
+    return Weights(*plain(one, stacks, steady), shares, steady)
 
 
-def plain(reads: Mapping[str, Read], stacks: Collection[str]) -> tuple[int, int]:
-    """(bytes, bytes of rows looked up) of everything but the experts' stacks."""
-    kept = [read for name, read in reads.items() if name not in stacks]
-    n_bytes = sum((read.whole + sum(read.slices.values())) * read.itemsize for read in kept)
-    return n_bytes, sum(read.rows * read.itemsize for read in kept)
+def plain(reads: Mapping[str, Read], stacks: Collection[str], steady: Collection[str]) -> tuple[int, int]:
+    """(bytes, bytes of rows looked up for each token) of everything but the experts' stacks."""
+    kept = {name: read for name, read in reads.items() if name not in stacks}
+    fixed = sum((read.whole + sum(read.slices.values())) * read.itemsize for read in kept.values())
+    rows = {name: read.rows * read.itemsize for name, read in kept.items()}
+    always = sum(n_bytes for name, n_bytes in rows.items() if name in steady)
+    return fixed + always, sum(rows.values()) - always
 
 
 def _siblings(
