@@ -1,4 +1,7 @@
-"""The rows of a Profile: one kind of call of one operator in one module and phase, and one module. No torch."""
+"""The rows of a Profile: one kind of call of one operator in one module and phase, and one module. No torch.
+
+Rows can be in no cycle, and there are tens of thousands of them: gc=False spares the collector to visit each.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ Kind = Literal["parameter", "buffer", "activation"]
 PHASES: tuple[Phase, ...] = ("forward", "backward", "recompute", "optimizer")
 
 
-class Operand(msgspec.Struct, frozen=True, kw_only=True):
+class Operand(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """One tensor that a counted operator read: what it is, and whether a gradient of it is wanted.
 
     factor: it is multiplied (a bias is only added).
@@ -27,7 +30,7 @@ class Operand(msgspec.Struct, frozen=True, kw_only=True):
     factor: bool = False
 
 
-class OperatorRow(msgspec.Struct, frozen=True, kw_only=True):
+class OperatorRow(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """Calls of one counted operator with the same shapes in one module and phase.
 
     flops follows the profile's attention convention; flops_full and flops_causal hold both. mask_known tells
@@ -65,7 +68,7 @@ class OperatorRow(msgspec.Struct, frozen=True, kw_only=True):
         return tuple(operand.requires_grad for operand in self.operands)
 
 
-class ElementwiseRow(msgspec.Struct, frozen=True, kw_only=True):
+class ElementwiseRow(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """Elementwise FLOPs of one operator in one module and phase."""
 
     op: str
@@ -75,7 +78,7 @@ class ElementwiseRow(msgspec.Struct, frozen=True, kw_only=True):
     flops: int
 
 
-class UncountedRow(msgspec.Struct, frozen=True, kw_only=True):
+class UncountedRow(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """Calls of an operator that does arithmetic and has no formula."""
 
     op: str
@@ -86,7 +89,7 @@ class UncountedRow(msgspec.Struct, frozen=True, kw_only=True):
     reason: str = ""
 
 
-class RoutingRow(msgspec.Struct, frozen=True, kw_only=True):
+class RoutingRow(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """Tokens that a router sent to each expert, over all its calls; fqn: the module that chose."""
 
     fqn: str
@@ -99,7 +102,7 @@ class RoutingRow(msgspec.Struct, frozen=True, kw_only=True):
         return max(self.tokens) * len(self.tokens) / max(1, sum(self.tokens))
 
 
-class ModuleRow(msgspec.Struct, frozen=True, kw_only=True):
+class ModuleRow(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """One module that ran: its class, calls, parameters (its own and its children's, tied ones once), output."""
 
     fqn: str
@@ -110,7 +113,7 @@ class ModuleRow(msgspec.Struct, frozen=True, kw_only=True):
     output_shape: tuple[int, ...] | None = None
 
 
-class ParameterRow(msgspec.Struct, frozen=True, kw_only=True):
+class ParameterRow(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """One parameter under its first name; tied ones once. embedding: an nn.Embedding has it (a head may too)."""
 
     name: str
