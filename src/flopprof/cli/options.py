@@ -195,25 +195,28 @@ class Wanted:
         """The model and its inputs. Raises what `flopprof.load` raises."""
         from flopprof.models import load
 
-        return load(
-            self.target,
-            batch=self.batch,
-            image_size=self.image_size,
-            inputs=self.inputs or (),
-            device=self.device,
-            dtype=self.dtype,
-            train=self.train,
-            model_args=dict(parse_model_arg(text) for text in self.model_args or ()),
-            seq=self.seq,
-            audio_seconds=self.audio_seconds,
-            images=self.images,
-            trust_remote_code=self.trust_remote_code,
-            attn=self.attn,
-            lora=self.lora,
-            frozen=self.frozen or (),
-            checkpointing=("reentrant" if self.reentrant else "non-reentrant") if self.checkpointing else None,
-            routing=self.routing,
-        )
+        return load(self.target, **self.options())
+
+    def options(self) -> dict[str, Any]:
+        """What `flopprof.load` takes beside the target; values that JSON can hold."""
+        return {
+            "batch": self.batch,
+            "image_size": self.image_size,
+            "inputs": self.inputs or (),
+            "device": self.device,
+            "dtype": self.dtype,
+            "train": self.train,
+            "model_args": dict(parse_model_arg(text) for text in self.model_args or ()),
+            "seq": self.seq,
+            "audio_seconds": self.audio_seconds,
+            "images": self.images,
+            "trust_remote_code": self.trust_remote_code,
+            "attn": self.attn,
+            "lora": self.lora,
+            "frozen": self.frozen or (),
+            "checkpointing": ("reentrant" if self.reentrant else "non-reentrant") if self.checkpointing else None,
+            "routing": self.routing,
+        }
 
     def check(self) -> None:
         """Raises UsageError for options that are wrong whatever the target is: said before torch is imported."""
