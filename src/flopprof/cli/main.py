@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import traceback
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
@@ -44,6 +45,7 @@ app = typer.Typer(
     name="flopprof",
     cls=_Commands,
     help="How many FLOPs does this PyTorch model perform, where, and why not 6N?",
+    epilog="Exit codes: 0 done, 1 a failed job (or a budget that is broken), 2 wrong usage, 130 interrupted.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -65,22 +67,35 @@ def _options(
     pass
 
 
-_EXAMPLES = "Examples:\n\nflopprof count resnet50 --backward\n\nflopprof count net.py:build --input 1x128:int64"
-app.command(epilog=_EXAMPLES)(count)
-app.command(epilog="Example:\n\nflopprof reconcile vit_b_16 --backward --frozen 'encoder.layers.*'")(reconcile)
-app.command(epilog="Example:\n\nflopprof crosscheck resnet50 --backward")(crosscheck)
-app.command(
-    epilog="Examples:\n\nflopprof check resnet50 --max-flops 8.2G --max-params 26M\n\n"
-    "flopprof check net.py:build --baseline baseline.json --tolerance 0.5%"
-)(check)
-app.command(
-    epilog="Examples:\n\nflopprof diff before.json after.json\n\n"
-    "flopprof count resnet50 --json - | flopprof diff resnet18.json -"
-)(diff)
-app.command(epilog="Example:\n\nflopprof models llama")(models)
-app.command(epilog="Examples:\n\nflopprof peaks H100\n\nflopprof peaks --measure --dtype bf16")(peaks)
-_PLANS = "Examples:\n\nflopprof plan --params 7e9 --tokens 1e12 --hardware H100 --mfu 0.5 --price 2"
-app.command(epilog=f"{_PLANS}\n\nflopprof plan llama-3.1-70b --hardware H100 --zero 3 --devices 64")(plan)
+# Each command with examples of its use.
+_COMMANDS: tuple[tuple[Callable[..., None], str, str], ...] = (
+    (count, "flopprof count resnet50 --backward", "flopprof count net.py:build --input 1x128:int64"),
+    (
+        reconcile,
+        "flopprof reconcile llama-3.1-8b --seq 8192 --backward",
+        "flopprof reconcile vit_b_16 --backward --frozen 'encoder.layers.*'",
+    ),
+    (crosscheck, "flopprof crosscheck resnet50 --backward", "flopprof crosscheck gpt2 --seq 256 --json -"),
+    (
+        check,
+        "flopprof check resnet50 --max-flops 8.2G --max-params 26M",
+        "flopprof check net.py:build --baseline baseline.json --tolerance 0.5%",
+    ),
+    (
+        diff,
+        "flopprof diff before.json after.json",
+        "flopprof count resnet50 --json - | flopprof diff resnet18.json -",
+    ),
+    (models, "flopprof models llama", "flopprof models 'qwen3-*' --json -"),
+    (peaks, "flopprof peaks H100", "flopprof peaks --measure --dtype bf16"),
+    (
+        plan,
+        "flopprof plan --params 7e9 --tokens 1e12 --hardware H100 --mfu 0.5 --price 2",
+        "flopprof plan llama-3.1-70b --hardware H100 --zero 3 --devices 64",
+    ),
+)
+for _command, *_examples in _COMMANDS:
+    app.command(epilog="\n\n".join(["Examples:", *_examples]))(_command)
 
 
 def main() -> None:
