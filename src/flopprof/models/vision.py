@@ -128,6 +128,11 @@ def _is_filled(name: str, request: Request) -> bool:
     return "rcnn" in name and not request.train and not _FILLED.keys() & request.model_args.keys()
 
 
+def default_weights(name: str) -> Any:
+    """The weights that torchvision takes by default, as it describes them: metrics, transforms. Nothing is loaded."""
+    return _default_weights(name)
+
+
 def _default_weights(name: str) -> Any:
     return _torchvision().get_model_weights(name).DEFAULT
 
