@@ -17,11 +17,11 @@ from flopprof.models.vision import explain_mismatch
 from flopprof.models.workload import Workload
 
 
-def names() -> list[str]:
-    """Every name that timm can build; none where timm is not installed."""
+def names(*, tagged: bool = False) -> list[str]:
+    """Every name that timm can build, or every one with a tag of weights; none where timm is not installed."""
     if importlib.util.find_spec("timm") is None:
         return []
-    return list(_timm().list_models())
+    return list(_timm().list_models(pretrained=tagged))
 
 
 def knows(name: str) -> bool:
