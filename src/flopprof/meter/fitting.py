@@ -26,9 +26,13 @@ class Fit:
     ) -> None:
         self._columns, self._used, self._basis, self._table = columns, used, basis, table
 
+    def covers(self, sizes: Sizes) -> bool:
+        """May these sizes be those of a form that is proved? They may lack the last ones."""
+        return all(column.covers(sizes) for column in self._columns)
+
     def at(self, sizes: Sizes) -> dict[Name, int] | None:
         """Its values there; None where it is not proved."""
-        if not all(column.covers(sizes) for column in self._columns):
+        if not self.covers(sizes):
             return None
         point = [sizes[self._columns[i].first] for i in self._used]
         terms = [math.prod(x**power for x, power in zip(point, powers, strict=True)) for powers in self._basis]
@@ -58,10 +62,12 @@ class Column:
 
     def covers(self, sizes: Sizes) -> bool:
         """Do these sizes go together so, between those that were counted and on their lattice?"""
+        if self.first >= len(sizes):
+            return True
         value = sizes[self.first]
         if not self.low <= value <= self.high or (self.step and (value - self.start) % self.step):
             return False
-        return all(sizes[i] - value == offset for i, offset in self.offsets.items())
+        return all(sizes[i] - value == offset for i, offset in self.offsets.items() if i < len(sizes))
 
 
 def fitted(samples: Mapping[Sizes, Mapping[Name, int]]) -> Fit | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
@@ -13,21 +13,25 @@ import msgspec
 import torch
 
 from flopprof.errors import UsageError
-from flopprof.meter.figures import Figures, StepRecord, figures, flops_by_rate, timed
+from flopprof.meter.figures import Figures, StepRecord
+from flopprof.meter.history import History
 from flopprof.meter.peaks import Given, Peaks
 from flopprof.meter.recorder import OpenStep, Recorder
-from flopprof.meter.records import SCHEMA, RecordWriter, RunPeaks, RunStart
-from flopprof.meter.summary import Summary, over_peak
+from flopprof.meter.summary import Summary
 from flopprof.meter.timing import CudaTimer, HostTimer, Timer
-from flopprof.meter.world import World, gather, host, path_of_rank, place_of_process, rank_report, shares_data
 from flopprof.profile import Attention
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
+    from flopprof.meter.world import World
+
 T = TypeVar("T")
 P = ParamSpec("P")
 R = TypeVar("R")
+
+# Records are made of so many steps at once.
+_TOGETHER = 64
 
 
 class Meter:
@@ -38,6 +42,7 @@ class Meter:
     peak        a flopprof.Peak (or several), FLOP/s, a device's name, or FLOP/s by dtype; None: from the table. A CPU
                 has none there: give peak=flopprof.measure_peak()
     attention   `full` counts every query-key pair, `causal` only those that the operator's mask lets through
+    convention  `nanogpt`, `palm`, `megatron`, `torchtitan`: what a script that follows it prints, beside ours
     skip        so many first steps are in no figure (the very first one is slow: it is counted as it runs)
     window      how many of the latest steps make up the rolling figures
     recount_every   count every so many-th step again, to see that its signature tells all
@@ -54,9 +59,9 @@ class Meter:
 
     >>> import torch
     >>> model = torch.nn.Linear(8, 4)
-    >>> meter = Meter(model, peak=1e12)
-    >>> for batch in meter.track([torch.randn(2, 8)] * 5, progress=False):
-    ...     model(batch).sum().backward()
+    >>> with Meter(model, peak=1e12) as meter:
+    ...     for batch in meter.track([torch.randn(2, 8)] * 5, progress=False):
+    ...         model(batch).sum().backward()
     >>> meter.records[-1].model_flops  # 2 x 2 x 8 x 4 forward, as much for the weight's gradient
     256
     """
@@ -67,6 +72,7 @@ class Meter:
         *more: torch.nn.Module,
         peak: Given = None,
         attention: Attention = "full",
+        convention: str | None = None,
         skip: int = 2,
         window: int = 100,
         recount_every: int | None = None,
@@ -78,63 +84,49 @@ class Meter:
         clock: Callable[[], float] | None = None,
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
-        models = [model] if isinstance(model, torch.nn.Module) else list(model)
-        models += more
-        for item in models:
-            if not isinstance(item, torch.nn.Module):
-                raise UsageError(f"Meter takes modules, got {type(item).__name__}.")
-        if attention not in ("full", "causal"):
-            raise UsageError(f"attention {attention!r} is neither 'full' nor 'causal'.")
-        for name, value, least in (
-            ("skip", skip, 0),
-            ("window", window, 1),
-            ("log_every", log_every, 1),
-            ("recount_every", recount_every, 1),
-        ):
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
-                raise UsageError(f"{name} is a whole number of at least {least}, got {value!r}.")
+        models = [*([model] if isinstance(model, torch.nn.Module) else model), *more]
+        _check(models, attention, skip=skip, window=window, log_every=log_every, recount_every=recount_every)
         self.attention: Attention = attention
-        self.skip, self.window, self.recount_every = skip, window, recount_every
+        self.skip, self.recount_every = skip, recount_every
         self.log, self.log_every = log, log_every
-        self.records: list[StepRecord] = []
         self.device = _device_of(models)
-        self.peaks = Peaks(peak, self.device)
-        self._given = {"tokens": tokens, "samples": samples}
-        self._clock = clock
-        self._host = HostTimer(clock or time.perf_counter)
-        self._timer: Timer = CudaTimer() if clock is None and self.device.startswith("cuda") else self._host
-        self._wall_clock = wall_clock
-        self._recorder = Recorder(models, attention, self._timer)
+        self._sizes: tuple[Any, Any] = tokens, samples
+        self._clock = clock or time.perf_counter
+        self._recorder = Recorder(models, attention, _timer(self._clock, self.device))
+        self._history = History(
+            self._recorder,
+            Peaks(peak, self.device),
+            device=self.device,
+            attention=attention,
+            convention=convention,
+            window=window,
+            path=records,
+            epoch=(wall_clock, self._clock),
+        )
         self._open: OpenStep | None = None
         self._late: deque[OpenStep] = deque()
-        self._done = 0  # steps begun, restarts included
+        self._begun = 0  # steps, restarts included
         self._first = 0  # of this process
-        self._signatures: dict[Any, int] = {}
-        self._path = records
-        self._writer: RecordWriter | None = None
-        self._written_peaks: set[str] = set()
-        self._loose_pauses: dict[str, float] = {}
 
     # --- the loop ----------------------------------------------------------------------------------------------------
-    def track(self, loader: Iterable[T], *, progress: bool | None = None) -> Iterator[T]:
+    def track(self, loader: Iterable[T], *, progress: bool = True) -> Iterator[T]:
         """The loader's batches; what the loop does with each is one step, waiting for it is data_wait_s.
 
-        progress  a line on standard error: step, MFU, HFU, FLOP/s, tokens/s, time per step. None: yes; rewritten in
-                  place on a terminal, else printed once in a while
+        progress  a line on standard error: step, MFU, HFU, FLOP/s, tokens/s, time per step. On a terminal it is
+                  rewritten in place, elsewhere printed every 100 steps
         """
         from flopprof.meter.progress import Progress
 
-        line = Progress(self, _length(loader)) if progress is not False else None
-        batches = iter(loader)
+        line = Progress(self.figures, loader) if progress else None
+        clock, batches = self._clock, iter(loader)
         try:
             while True:
-                start = self._host.mark()
+                asked = clock()
                 try:
                     batch = next(batches)
                 except StopIteration:
                     break
-                waited = self._host.mark() - start
-                self.start_step(batch, data_wait_s=waited)
+                self.start_step(batch, data_wait_s=clock() - asked)
                 finished = False
                 try:
                     yield batch
@@ -174,11 +166,12 @@ class Meter:
         """Begin a step, for loops that call back: `end_step` ends it."""
         if self._open is not None:
             raise UsageError("a step of this meter is open: steps do not nest. End it, or use two meters.")
-        recount = bool(self.recount_every) and self._done > self._first and self._done % (self.recount_every or 1) == 0
-        step = OpenStep(self._done, batch, data_wait_s)
-        self._done += 1
-        self._open = step
-        self._recorder.open(step, recount=recount)
+        self._open = step = OpenStep()
+        step.number = number = self._begun
+        step.batch, step.data_wait_s = batch, data_wait_s
+        self._begun = number + 1
+        every = self.recount_every
+        self._recorder.open(step, recount=every is not None and number > self._first and number % every == 0)
 
     def end_step(self, *, failed: bool = False, left_early: bool = False) -> None:
         """End the step: failed ones are in no figure; one that a loop left early is, if it did what steps do."""
@@ -186,119 +179,90 @@ class Meter:
         if step is None:
             raise UsageError("no step of this meter is open: start_step() begins one.")
         self._recorder.close(step, failed=failed)
-        step.ended_at = self._wall_clock()
-        step.memory = None
-        if failed:
-            step.left_out.append("failed")
-        elif left_early and not step.segments[1:]:
-            self._done -= 1  # the loop was left before the step did anything
-            return
-        elif left_early and not step.optimizer_steps and step.segments not in self._signatures:
-            step.left_out.append("interrupted")
+        step.host_end = self._clock()
         if step.number - self._first < self.skip:
-            step.left_out.append("first")
+            step.left_out = ("first", *step.left_out)
+        if failed:
+            step.left_out = ("failed", *step.left_out)
+        elif left_early and not self._whole(step):
+            if not step.calls and not step.optimizer_steps:
+                self._begun -= 1  # the loop was left before the step did anything
+                return
+            step.left_out = ("interrupted", *step.left_out)
+        if step.batch is not None:
+            self._measure(step)
         self._late.append(step)
-        self._settle()
-        if self.log is not None and self._done % self.log_every == 0:
+        if self.log is not None and self._begun % self.log_every == 0:
             self.log(self.metrics())
+        elif len(self._late) >= _TOGETHER or self._history.writes:
+            self._settle()
+
+    def _whole(self, step: OpenStep) -> bool:
+        """Of a loop that was left in this step: had the step done what one does?"""
+        return step.optimizer_steps > 0 or any(
+            step.segments == other.segments for other in self._late
+        ) or self._history.knows(step.segments)  # fmt: skip
+
+    def _measure(self, step: OpenStep) -> None:
+        """Tokens and samples, where the caller says how to read them off the batch; which is then let go."""
+        tokens, samples = self._sizes
+        if callable(tokens):
+            step.tokens = int(tokens(step.batch))
+        if callable(samples):
+            step.samples = int(samples(step.batch))
+        step.batch = None
 
     @contextmanager
     def pause(self, name: str = "pause") -> Iterator[None]:
         """Time that is no part of the step (saving a checkpoint, evaluating, generating): a row of its own."""
-        step = self._open
-        if step is None:
-            start = self._host.mark()
+        if self._open is None:
+            start = self._clock()
             try:
                 yield
             finally:
-                passed = self._host.mark() - start
-                self._loose_pauses[name] = self._loose_pauses.get(name, 0.0) + passed
+                self._history.passed(name, self._clock() - start)
             return
-        self._recorder.pause(step, name)
+        self._recorder.pause(name)
         try:
             yield
         finally:
-            self._recorder.resume(step)
+            self._recorder.resume()
 
     def watch(self, model: torch.nn.Module) -> None:
         """One more model whose calls tell steps apart."""
-        self._recorder.add(model)
-        if self.device == "cpu" and not self.records:
+        _check([model], self.attention)
+        if not self._recorder.models and not self._begun:
             self.device = _device_of([model])
+            self._history.move(self.device)
+            self._recorder.timer = _timer(self._clock, self.device)
+        self._recorder.add(model)
 
     # --- results -----------------------------------------------------------------------------------------------------
+    @property
+    def records(self) -> list[StepRecord]:
+        """One record per step that the device is past."""
+        self._settle()
+        return self._history.records
+
+    @property
+    def peaks(self) -> Peaks:
+        """What the figures are held against."""
+        return self._history.peaks
+
+    @property
+    def models(self) -> list[torch.nn.Module]:
+        """The models whose calls are seen."""
+        return self._recorder.models
+
     def summary(self) -> Summary:
         """Everything so far; `print` shows it. Waits for the device once."""
         self._settle(wait=True)
-        records = self.records
-        usable = timed(records)
-        peak = self.peaks.flops_per_s
-        whole = figures(usable, peak, self.peaks.bytes_per_s)
-        window = figures(usable[-self.window :], peak, self.peaks.bytes_per_s)
-        left_out: dict[str, int] = {}
-        for record in records:
-            for reason in record.left_out[:1]:
-                left_out[reason] = left_out.get(reason, 0) + 1
-        flops = flops_by_rate(records)
-        peaks = self.peaks.describe(flops)
-        notes = list(self._recorder.notes())
-        if whole is None:
-            notes.append("no step is timed yet: the first ones, and those that are counted, are in no figure.")
-        elif whole.mfu is None:
-            notes.append(f"no MFU: {self.peaks.reason}")
-        else:
-            notes += over_peak(whole)
-        return Summary(
-            device=self.device,
-            peak=self.peaks.label,
-            peaks=peaks,
-            peak_measured=self.peaks.measured,
-            attention=self.attention,
-            steps=len(records),
-            counted_steps=sum("counted" in record.left_out for record in records),
-            signatures=len(self._signatures),
-            left_out=left_out,
-            flops=flops,
-            uncounted=self._recorder.uncounted(),
-            tokens=sum(record.tokens for record in records),
-            samples=sum(record.samples for record in records),
-            optimizer_steps=sum(record.optimizer_steps for record in records),
-            whole=whole,
-            window=window,
-            rows=self._rows(records),
-            notes=tuple(notes),
-        )
-
-    def world(self, *, group: ProcessGroup | None = None, data_parallel: int | None = None) -> World:
-        """Every rank's figures, and those of all devices together: one collective of `group`, which all must join.
-
-        data_parallel  how many ranks read data of their own; None: all, unless the model is tensor-parallel
-
-        Raises FlopprofError where a rank does not answer.
-        """
-        self._settle(wait=True)
-        report = rank_report(
-            self.records,
-            self.peaks.flops_per_s,
-            rank=place_of_process()[0],
-            host=host(),
-            device=self.device,
-            peak=self.peaks.label,
-            shared_data=shares_data(self._recorder.models),
-        )
-        report = msgspec.structs.replace(report, reason=self.peaks.reason)
-        return gather(report, group=group, data_parallel=data_parallel)
+        return self._history.summary()
 
     def figures(self, steps: int | None = None) -> Figures | None:
         """Figures of the latest timed steps (None: of the rolling window), of what is known without waiting."""
-        usable: list[StepRecord] = []
-        wanted = steps or self.window
-        for record in reversed(self.records):
-            if record.flops is not None and not record.left_out:
-                usable.append(record)
-                if len(usable) == wanted:
-                    break
-        return figures(usable, self.peaks.flops_per_s, self.peaks.bytes_per_s)
+        self._settle()
+        return self._history.latest(steps)
 
     def metrics(self, prefix: str = "flopprof/") -> dict[str, float]:
         """The rolling figures as a flat dict for a logger: what is not known is left out."""
@@ -318,23 +282,43 @@ class Meter:
         }
         return {f"{prefix}{name}": value for name, value in found.items() if value is not None}
 
-    def _rows(self, records: Sequence[StepRecord]) -> dict[str, float]:
-        rows = {"steps": 0.0, "left_out": 0.0, "data_wait": 0.0, "evaluation": 0.0, **self._loose_pauses}
-        for record in records:
-            rows["left_out" if record.left_out or record.flops is None else "steps"] += record.step_time_s
-            rows["data_wait"] += record.data_wait_s
-            rows["evaluation"] += record.evaluation_s
-            for name, seconds in record.paused_s.items():
-                rows[name] = rows.get(name, 0.0) + seconds
-        return rows
+    def world(self, *, group: ProcessGroup | None = None, data_parallel: int | None = None) -> World:
+        """Every rank's figures, and those of all devices together: one collective of `group`, which all must join.
+
+        data_parallel  how many ranks read data of their own; None: all, unless the model is tensor-parallel
+
+        Raises FlopprofError where a rank does not answer.
+        """
+        from flopprof.meter import world
+
+        self._settle(wait=True)
+        rank, _size = world.place_of_process()
+        report = world.rank_report(
+            self._history.records,
+            self.peaks.flops_per_s,
+            rank=rank,
+            host=world.host(),
+            device=self.device,
+            peak=self.peaks.label,
+            shared_data=world.shares_data(self.models),
+        )
+        report = msgspec.structs.replace(report, reason=self.peaks.reason)  # which looking peaks up has found
+        return world.gather(report, group=group, data_parallel=data_parallel)
+
+    def _settle(self, *, wait: bool = False) -> None:
+        """Make records of the steps that the device is past, in order."""
+        late = self._late
+        while late and self._history.add(late[0], self._sizes, wait=wait):
+            late.popleft()
 
     # --- the end -----------------------------------------------------------------------------------------------------
     def close(self) -> None:
-        """Takes the hooks off the models, and closes the file of records."""
+        """Takes the hooks off the models, and closes the file of records. What was found stays."""
+        if self._open is not None:
+            self.end_step(failed=True)
         self._settle(wait=True)
         self._recorder.remove()
-        if self._writer is not None:
-            self._writer.close()
+        self._history.close()
 
     def __enter__(self) -> Meter:
         return self
@@ -342,91 +326,54 @@ class Meter:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _settle(self, *, wait: bool = False) -> None:
-        """Make records of the steps that are past on the device, in order."""
-        while self._late:
-            made = self._record(self._late[0], wait=wait)
-            if made is None:
-                return
-            self._late.popleft()
-            self.records.append(made)
-            if self._path is not None:
-                self._write(made)
-
-    def _record(self, step: OpenStep, *, wait: bool) -> StepRecord | None:
-        times = self._recorder.times(step, wait=wait)
-        if times is None:
-            return None
-        total, evaluation, paused = times
-        number = self._signatures.setdefault(step.segments, len(self._signatures))
-        work = self._recorder.work(step)
-        return StepRecord(
-            step=step.number,
-            ended_at=step.ended_at,
-            step_time_s=max(total - evaluation - sum(paused.values()), 0.0),
-            signature=number,
-            flops=None if work is None else {rate: (row[0] + row[1], sum(row)) for rate, row in work.flops.items()},
-            bytes_moved=0 if work is None else work.bytes_moved,
-            uncounted=0 if work is None else sum(work.uncounted.values()),
-            tokens=self._size("tokens", step, step.tokens),
-            effective_tokens=self._recorder.effective(step),
-            samples=self._size("samples", step, step.samples),
-            calls=step.calls,
-            optimizer_steps=step.optimizer_steps,
-            data_wait_s=step.data_wait_s,
-            evaluation_s=evaluation,
-            paused_s=paused,
-            left_out=tuple(dict.fromkeys(step.left_out)),
-        )
-
-    def _size(self, name: str, step: OpenStep, seen: int) -> int:
-        given = self._given[name]
-        return seen if given is None else given if isinstance(given, int) else int(given(step.batch))
-
-    def _write(self, record: StepRecord) -> None:
-        assert self._path is not None
-        if self._writer is None:
-            rank, size = place_of_process()
-            start = RunStart(
-                started_at=record.ended_at - record.step_time_s - record.data_wait_s,
-                schema=SCHEMA,
-                rank=rank,
-                world_size=size,
-                attention=self.attention,
-                device=self.device,
-                peak=self.peaks.label,
-                peak_measured=self.peaks.measured,
-                bytes_per_s=self.peaks.bytes_per_s,
-                reason=self.peaks.reason,
-            )
-            self._writer = RecordWriter(path_of_rank(self._path, rank, size), start)
-        new = {rate for rate in record.flops or {} if rate not in self._written_peaks}
-        if new:
-            self._written_peaks |= new
-            self._writer.write(RunPeaks(peaks=self.peaks.describe(new), reason=self.peaks.reason))
-        self._writer.write(record)
-
     # --- resuming ----------------------------------------------------------------------------------------------------
     def state_dict(self) -> dict[str, Any]:
-        """Steps, records and everything counted: for a checkpoint, to go on from."""
+        """Records, and everything counted: plain values for a checkpoint, to go on from in another process."""
         self._settle(wait=True)
-        return {"version": 1, "done": self._done, "records": list(self.records)}
+        return {
+            "version": 1,
+            "attention": self.attention,
+            "begun": self._begun,
+            "history": self._history.state(),
+            "counted": self._recorder.tracker.state(),
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a state that `state_dict` gave."""
-        self._done = self._first = state["done"]
-        self.records = list(state["records"])
+        """Go on from what `state_dict` gave: nothing that was counted then is counted again."""
+        if state.get("version") != 1:
+            raise UsageError(f"this is no state of a Meter, or of a newer one: version {state.get('version')!r}.")
+        if state["attention"] != self.attention:
+            raise UsageError(
+                f"the state counts attention={state['attention']!r}, this meter {self.attention!r}: make it alike."
+            )
+        if self._open is not None:
+            raise UsageError("a step of this meter is open: load its state between steps.")
+        self._late.clear()
+        self._begun = self._first = state["begun"]
+        self._history.restore(state["history"])
+        self._recorder.tracker.restore(state["counted"])
 
 
-def _device_of(models: Sequence[torch.nn.Module]) -> str:
+def _check(models: Iterable[Any], attention: str, **numbers: Any) -> None:
+    for item in models:
+        if not isinstance(item, torch.nn.Module):
+            raise UsageError(f"Meter takes modules, got {type(item).__name__}.")
+    if attention not in ("full", "causal"):
+        raise UsageError(f"attention {attention!r} is neither 'full' nor 'causal'.")
+    for name, value in numbers.items():
+        least = 0 if name == "skip" else 1
+        optional = value is None and name == "recount_every"
+        if not optional and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+            raise UsageError(f"{name} is a whole number of at least {least}, got {value!r}.")
+
+
+def _timer(clock: Callable[[], float], device: str) -> Timer:
+    """Of a clock of one's own that clock; else a GPU's own time where there is one."""
+    return CudaTimer() if clock is time.perf_counter and device.startswith("cuda") else HostTimer(clock)
+
+
+def _device_of(models: Iterable[torch.nn.Module]) -> str:
     for model in models:
         for tensor in (*model.parameters(), *model.buffers()):
             return str(tensor.device)
     return "cpu"
-
-
-def _length(loader: Any) -> int | None:
-    try:
-        return len(loader)
-    except (TypeError, NotImplementedError):
-        return None

@@ -16,7 +16,7 @@ class Peaks:
     """Peaks by rate: those that were given, else those of the table. What is not known has a sentence that says so."""
 
     def __init__(self, given: Given, device: str) -> None:
-        self._where = device
+        self._given, self._where = given, device
         self._by_dtype: dict[str, Peak] = {}
         self._each: float | None = None
         self._device: Device | None = None
@@ -36,12 +36,17 @@ class Peaks:
                     peak if isinstance(peak, Peak) else Peak(device="given", dtype=name, flops_per_s=round(peak))
                 )
         elif given is not None:
+            self._given = given = tuple(given)
             self._by_dtype = {peak.dtype: peak for peak in given}
         else:
             try:
                 self._device = hardware.device(device)
             except FlopprofError as error:
                 self.reason = str(error)
+
+    def on(self, device: str) -> Peaks:
+        """The same for another torch device."""
+        return Peaks(self._given, device)
 
     def flops_per_s(self, rate: str) -> float | None:
         """The dense peak of that rate; None where it is not known, and `reason` then says why."""

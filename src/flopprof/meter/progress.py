@@ -4,26 +4,26 @@ from __future__ import annotations
 
 import sys
 import time
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import Any
 
+from flopprof.meter.figures import Figures
 from flopprof.meter.summary import format_time, percent
 from flopprof.units import format_si
 
-if TYPE_CHECKING:
-    from flopprof.meter.meter import Meter
-
-_EVERY_S = 0.2
+_EVERY_S = 0.25
 _EVERY_STEPS = 100
 
 
 class Progress:
-    """The line of one loop."""
+    """The line of one loop. figures: those of the latest steps."""
 
-    def __init__(self, meter: Meter, total: int | None) -> None:
-        self._meter, self._total = meter, total
+    def __init__(self, figures: Callable[[], Figures | None], loader: Any) -> None:
+        self._figures = figures
+        self._total = _length(loader)
         self._steps, self._last = 0, 0.0
         self._terminal = sys.stderr.isatty()
-        self._width = 0
+        self._live: Any = None
 
     def update(self) -> None:
         """One more step is done."""
@@ -35,23 +35,26 @@ class Progress:
                 self._rewrite()
         elif self._steps % _EVERY_STEPS == 0:
             sys.stderr.write(f"{self.line()}\n")
+            sys.stderr.flush()
 
     def close(self) -> None:
         """The loop is over: its last line stays."""
         if self._terminal and self._steps:
             self._rewrite()
-            sys.stderr.write("\n")
+            self._live.stop()
 
     def line(self) -> str:
-        """`step 120/1000  MFU 41.2 %  HFU 52.0 %  412.1 TFLOP/s  81.22 ktokens/s  120.31 ms`."""
+        """`step 120/1000  MFU 41.2 %  HFU 52.0 %  412.1 TFLOP/s  81.22 ktokens/s  120.3 ms/step`."""
         parts = [f"step {self._steps}" + (f"/{self._total}" if self._total is not None else "")]
-        current = self._meter.figures()
+        current = self._figures()
         if current is None:
-            return "  ".join([*parts, "counting"])
+            return "  ".join([*parts, "no step is timed yet"])
         if current.mfu is not None:
             parts += [f"MFU {percent(current.mfu)}", f"HFU {percent(current.hfu)}"]
+            if current.mfu > 1:
+                parts[-2] += " (cannot be: see the summary)"
         else:
-            parts.append("MFU - (no peak known)")
+            parts.append("MFU not known")
         parts.append(format_si(current.model_flops_per_s, "FLOP/s"))
         if current.tokens_per_s is not None:
             parts.append(format_si(current.tokens_per_s, "tokens/s"))
@@ -61,7 +64,19 @@ class Progress:
         return "  ".join(parts)
 
     def _rewrite(self) -> None:
-        line = self.line()
-        sys.stderr.write("\r" + line.ljust(self._width))
-        sys.stderr.flush()
-        self._width = len(line)
+        from rich.text import Text
+
+        if self._live is None:
+            from rich.console import Console
+            from rich.live import Live
+
+            self._live = Live(console=Console(stderr=True), auto_refresh=False)
+            self._live.start()
+        self._live.update(Text(self.line(), no_wrap=True, overflow="ellipsis"), refresh=True)
+
+
+def _length(loader: Any) -> int | None:
+    try:
+        return len(loader)
+    except (TypeError, NotImplementedError):
+        return None

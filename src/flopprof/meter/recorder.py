@@ -8,51 +8,56 @@ from typing import Any
 
 import torch
 
-from flopprof.meter.signature import Structure, arguments, size_of
+from flopprof.meter.padding import Unpadded
+from flopprof.meter.signature import arguments, quick, size_of
 from flopprof.meter.timing import Timer
-from flopprof.meter.tracking import Segment, Tracker
-from flopprof.meter.watching import Watch, compiled_around
-from flopprof.meter.work import Work
+from flopprof.meter.tracking import Done, Tracker
+from flopprof.meter.watching import Watch, compiled_around, compiled_within, instruments
+from flopprof.meter.work import Work, total
 from flopprof.profile import Attention
 
 _grad_enabled = torch.is_grad_enabled
+_autocast = torch.is_autocast_enabled
+_autocast_dtype = torch.get_autocast_dtype
 # The list of a model's parameters is made anew after so many of its calls.
 _REFRESH = 64
+_OUTSIDE = (
+    "a model is called inside a compiled function, where its inputs are not seen: use meter.track(loader), "
+    "meter.step(batch) or meter.wrap(step), whose arguments then tell steps apart."
+)
 
 
 class OpenStep:
-    """A step under way, or one whose end the device has not reached yet."""
+    """A step under way, or one that no record was made of yet."""
 
-    __slots__ = (
-        *("batch", "calls", "data_wait_s", "effective", "end", "ended_at", "left_out", "memory", "number"),
-        *("optimizer_steps", "samples", "segments", "spans", "start", "tokens", "untrained"),
-    )
-
-    def __init__(self, number: int, batch: Any, data_wait_s: float) -> None:
-        self.number, self.batch, self.data_wait_s = number, batch, data_wait_s
-        self.calls = self.optimizer_steps = self.tokens = self.samples = 0
-        self.untrained = (0, 0)  # tokens and samples of calls that autograd does not record
-        self.effective: list[Any] = []
-        self.left_out: list[str] = []
-        self.segments: tuple[Segment, ...] = ()
-        self.spans: list[tuple[str, Any, Any]] = []  # name ("" is evaluation), start, end
-        self.start: Any = None
-        self.end: Any = None
-        self.ended_at = 0.0
-        self.memory: int | None = None
+    calls = optimizer_steps = tokens = samples = compilations = 0
+    other_tokens = other_samples = 0  # of calls that autograd does not record
+    number = 0
+    batch: Any = None
+    data_wait_s = 0.0
+    start: Any = None
+    end: Any = None
+    host_end = 0.0
+    segments: tuple[Done, ...] = ()
+    spans: tuple[tuple[str, Any, Any], ...] = ()  # name ("" is evaluation), start, end
+    unpadded: tuple[Any, ...] = ()
+    left_out: tuple[str, ...] = ()
+    unseen = False
 
 
 class Root:
     """A model, and what of it is part of every call's structure."""
 
+    __slots__ = ("_calls", "_numbers", "device", "flags", "module", "number", "parameters", "trained")
+
     def __init__(self, module: torch.nn.Module) -> None:
         self.module = module
         self.trained = False
-        self.calls = 0
-        self.refresh()
-        self._flags: list[bool] = []
-        self._number = 0
+        self.flags: list[bool] = []
+        self.number = 0
+        self._calls = 0
         self._numbers: dict[tuple[bool, ...], int] = {}
+        self.refresh()
 
     def refresh(self) -> None:
         """Look its parameters up again."""
@@ -62,14 +67,26 @@ class Root:
 
     def wanted(self) -> int:
         """A number for the set of parameters that want a gradient."""
-        self.calls += 1
-        if self.calls % _REFRESH == 0:
+        self._calls += 1
+        if self._calls % _REFRESH == 0:
             self.refresh()
         flags = [parameter.requires_grad for parameter in self.parameters]
-        if flags != self._flags:
-            self._flags = flags
-            self._number = self._numbers.setdefault(tuple(flags), len(self._numbers))
-        return self._number
+        if flags != self.flags:
+            self.flags = flags
+            self.number = self._numbers.setdefault(tuple(flags), len(self._numbers) + 1)
+        return self.number
+
+
+class Roots(list[Root]):
+    """The models, in the order in which they were given."""
+
+    def named(self) -> torch.nn.Module | None:
+        """What names the counter's modules."""
+        return self[0].module if len(self) == 1 else None
+
+    def compiled(self) -> bool:
+        """Does a part of the models run compiled?"""
+        return any(compiled_within(root.module) for root in self)
 
 
 class Recorder:
@@ -77,14 +94,20 @@ class Recorder:
 
     def __init__(self, models: Sequence[torch.nn.Module], attention: Attention, timer: Timer) -> None:
         self.thread = 0
-        self.tracker = Tracker(self._named, attention)
-        self._timer = timer
-        self._watch = Watch(self)
-        self._roots: list[Root] = []
+        self._roots = Roots()
+        self.tracker = Tracker(self._roots, attention)
+        self.opaque = False  # a model runs inside a compiled function
+        self.timer = timer
+        self._watch = Watch()
         self._step: OpenStep | None = None
-        self._span: tuple[str, Any] | None = None
-        self._opaque = False
+        self._span: tuple[str, Any] | None = None  # a pause or an evaluation inside the step
+        self._outside: Any = None  # an evaluation between steps
+        self._between: list[tuple[Any, Any]] = []
+        self._between_s = 0.0
         self._closures = False
+        self._unpadded = Unpadded()
+        self._works: dict[tuple[Done, ...], Work] = {}
+        self._corrected = 0
         for model in models:
             self.add(model)
 
@@ -92,109 +115,161 @@ class Recorder:
         """One more model."""
         if any(root.module is model for root in self._roots):
             return
-        self._watch.add(len(self._roots), model)
+        self._watch.add(self, len(self._roots), model)
         self._roots.append(Root(model))
-
-    @property
-    def models(self) -> list[torch.nn.Module]:
-        """What is watched."""
-        return [root.module for root in self._roots]
 
     def remove(self) -> None:
         """Take the hooks off."""
         self._watch.remove()
 
-    def _named(self) -> torch.nn.Module | None:
-        return self._roots[0].module if len(self._roots) == 1 else None
+    @property
+    def models(self) -> list[torch.nn.Module]:
+        """The models, in the order in which they were given."""
+        return [root.module for root in self._roots]
 
     # --- the step ----------------------------------------------------------------------------------------------------
     def open(self, step: OpenStep, *, recount: bool) -> None:
         """A step begins."""
         self._step = step
         self.thread = threading.get_ident()
-        self._watch.open()
-        structure, ints = arguments((step.batch,), {}) if self._opaque else ((), ())
-        step.start = self._timer.mark()
-        self.tracker.begin(structure, ints, recount=recount)
-        if self.tracker.counting:
-            step.left_out.append("counted")
+        self._watch.open(self)
+        if self._outside is not None:
+            self._between.append((self._outside, self.timer.mark()))
+            self._outside = None
+        step.compilations = instruments.compilations
+        step.start = self.timer.mark()
+        if self.opaque:
+            step.unseen = step.batch is None
+            self.tracker.begin(*arguments((step.batch,), {}), recount=recount)
+        else:
+            self.tracker.begin((), (), recount=recount)
+        if self.tracker.counter is not None:
+            step.left_out = ("counted",)
 
     def close(self, step: OpenStep, *, failed: bool) -> None:
         """The step is over."""
-        self._resume()
+        if self._span is not None:
+            self._resume()
         self._step = None
         self.thread = 0
-        counting = self.tracker.counting
         if failed:
             self.tracker.abandon()
         else:
             step.segments = self.tracker.finish()
-        step.end = self._timer.mark()
-        self._watch.close()
-        if counting:
-            step.left_out.append("counted")
-        if not step.tokens and not step.samples:
-            step.tokens, step.samples = step.untrained
+        step.end = self.timer.mark()
+        self._watch.close(self)
+        if instruments.compilations != step.compilations:
+            step.left_out = (*step.left_out, "compiled")
+            if "counted" not in step.left_out:
+                self.tracker.lose_sight()
 
-    def pause(self, step: OpenStep, name: str) -> None:
+    def pause(self, name: str) -> None:
         """What runs from here on is no part of the step."""
-        self._resume()
+        if self._span is not None:
+            self._resume()
         self.tracker.interrupt()
-        self._span = (name, self._timer.mark())
+        self._span = (name, self.timer.mark())
 
-    def resume(self, step: OpenStep) -> None:
+    def resume(self) -> None:
         """The pause is over."""
-        self._resume()
+        if self._span is not None:
+            self._resume()
 
     def _resume(self) -> None:
-        if self._span is not None and self._step is not None:
-            name, start = self._span
-            self._step.spans.append((name, start, self._timer.mark()))
+        assert self._span is not None
+        if self._step is not None:
+            self._step.spans = (*self._step.spans, (*self._span, self.timer.mark()))
         self._span = None
 
     # --- told by the hooks -------------------------------------------------------------------------------------------
     def called(self, index: int, module: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """A model is called."""
-        step, root = self._step, self._roots[index]
-        if step is None:
-            return
-        grad, training = _grad_enabled(), module.training
-        if self._span is not None and self._span[0]:
-            return  # inside a pause
-        if not grad and not training and root.trained:
-            if self._span is None:
-                self.tracker.interrupt()
-                self._span = ("", self._timer.mark())
-            return
-        if self._span is not None:
-            self._resume()
-        if grad and training:
-            root.trained = True
-        if self.tracker.counting and compiled_around():
-            self._opaque = True
-            return
-        structure, ints = arguments(args, kwargs)
-        device = root.device
-        cast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        weight = root.parameters[0].dtype if root.parameters else None
-        wanted = root.wanted() if grad else 0
+        root = self._roots[index]
+        step, grad, training = self._step, _grad_enabled(), module.training
+        if (
+            step is None
+            or self._span is not None
+            or (root.trained and not grad and not training)
+            or (self.tracker.counter is not None and compiled_around())
+        ):
+            if self._aside(root, evaluates=not grad and not training):
+                return
+            step = self._step
+            assert step is not None
+        device, parameters = root.device, root.parameters
+        event = quick(
+            index,
+            training,
+            root.wanted() if grad else 0,
+            _autocast_dtype(device) if _autocast(device) else None,
+            parameters[0].dtype if parameters else None,
+            args,
+            kwargs,
+        )
+        kept = None if event is None else self.tracker.known(event)
+        if kept is None:
+            kept = self._describe(index, root, grad, event, args, kwargs)
         step.calls += 1
         if index == 0:
-            tokens, samples, _mask = size_of(module, args, kwargs)
+            tokens, samples, mask = kept
             if grad:
                 step.tokens += tokens
                 step.samples += samples
+                if mask:
+                    step.unpadded = (*step.unpadded, self._unpadded.seen(kwargs["attention_mask"]))
             else:
-                step.untrained = step.untrained[0] + tokens, step.untrained[1] + samples
-        was = self.tracker.counting
-        self.tracker.call((index, training, grad, wanted, cast, weight, structure), ints, records=grad)
-        if not was and self.tracker.counting:
-            step.left_out.append("counted")
+                step.other_tokens += tokens
+                step.other_samples += samples
+        if training and grad:
+            root.trained = True
 
-    def differentiated(self, structure: Structure) -> None:
+    def _describe(
+        self, index: int, root: Root, grad: bool, event: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> tuple[int, int, bool]:
+        """A call that is not known to follow here."""
+        step = self._step
+        assert step is not None
+        root.refresh()
+        structure, ints = arguments(args, kwargs)
+        device = root.device
+        about = (
+            *(index, root.module.training, grad, root.wanted() if grad else 0),
+            _autocast_dtype(device) if _autocast(device) else None,
+            root.parameters[0].dtype if root.parameters else None,
+        )
+        kept = size_of(root.module, args, kwargs)
+        counted = self.tracker.counter is not None
+        self.tracker.call(event or (about, structure, ints), (*about, structure), ints, kept, records=grad)
+        if not counted and self.tracker.counter is not None:
+            step.left_out = (*step.left_out, "counted")
+        return kept
+
+    def _aside(self, root: Root, *, evaluates: bool) -> bool:
+        """A call that may be no part of the step; is it none?"""
+        step = self._step
+        if step is None:
+            if evaluates and root.trained and self._outside is None:
+                self._outside = self.timer.mark()
+            return True
+        if self._span is not None and self._span[0]:
+            return True  # a pause
+        if evaluates and root.trained:
+            if self._span is None:
+                self.tracker.interrupt()
+                self._span = ("", self.timer.mark())
+            return True
+        if self._span is not None:
+            self._resume()
+        if self.tracker.counter is not None and compiled_around():
+            self.opaque = True
+            self.tracker.from_start = True
+            return True
+        return False
+
+    def differentiated(self, structure: tuple[Any, ...]) -> None:
         """A backward pass starts."""
         if self._span is None:
-            self.tracker.backward(structure)
+            self._noted(self.tracker.backward(structure))
 
     def stepped(self, optimizer: torch.optim.Optimizer, *, closure: bool, over: bool) -> None:
         """An optimizer's step begins, or one with a closure ends."""
@@ -202,43 +277,65 @@ class Recorder:
         if step is None or self._span is not None:
             return
         if over:
-            self.tracker.after_closure()
+            self._noted(self.tracker.after_closure())
             return
         step.optimizer_steps += 1
         self._closures |= closure
-        wanted = tuple(root._number for root in self._roots)
-        self.tracker.optimizer(("optimizer", type(optimizer).__name__, wanted), closure=closure)
+        roots = self._roots
+        wanted = roots[0].number if len(roots) == 1 else tuple([root.number for root in roots])
+        self._noted(self.tracker.optimizer(("optimizer", type(optimizer).__name__, wanted), closure=closure))
+
+    def _noted(self, opened: bool) -> None:
+        if opened and self._step is not None:
+            self._step.left_out = (*self._step.left_out, "counted")
 
     # --- read later --------------------------------------------------------------------------------------------------
     def times(self, step: OpenStep, *, wait: bool) -> tuple[float, float, dict[str, float]] | None:
         """(seconds in all, of evaluation, of each pause); None where the device is not past the step yet."""
-        total = self._timer.seconds(step.start, step.end, wait=wait)
-        if total is None:
+        whole = self.timer.seconds(step.start, step.end, wait=wait)
+        if whole is None:
             return None
         evaluation = 0.0
         paused: dict[str, float] = {}
         for name, start, end in step.spans:
-            passed = self._timer.seconds(start, end, wait=True) or 0.0
+            passed = self.timer.seconds(start, end, wait=True) or 0.0
             if name:
                 paused[name] = paused.get(name, 0.0) + passed
             else:
                 evaluation += passed
-        return total, evaluation, paused
+        return whole, evaluation, paused
 
-    def work(self, step: OpenStep) -> Work | None:
-        """What the step multiplied; None where it is not known."""
-        return self.tracker.work(step.segments)
+    def evaluation_between_s(self) -> float:
+        """Seconds of evaluations between steps, so far."""
+        for start, end in self._between:
+            self._between_s += self.timer.seconds(start, end, wait=True) or 0.0
+        self._between.clear()
+        return self._between_s
 
-    def effective(self, step: OpenStep) -> int | None:
+    def work(self, segments: tuple[Done, ...]) -> Work | None:
+        """What a step of these segments multiplied; None where one of them is not counted."""
+        if self._corrected != self.tracker.corrections:
+            self._corrected = self.tracker.corrections
+            self._works.clear()
+        known = self._works.get(segments)
+        if known is None:
+            parts = [done.place.end(done.ints).work if done.work is None else done.work for done in segments]
+            if any(part is None for part in parts):
+                return None
+            known = total(part for part in parts if part is not None)
+            if len(self._works) > 1 << 14:
+                self._works.clear()
+            self._works[segments] = known
+        return known
+
+    def effective_tokens(self, step: OpenStep) -> int | None:
         """Tokens without padding; None where no mask was seen."""
-        return None
-
-    def uncounted(self) -> dict[str, int]:
-        """Operators without a count, in all steps so far."""
-        return {}
+        return sum(map(self._unpadded.read, step.unpadded)) if step.unpadded else None
 
     def notes(self) -> Iterator[str]:
         """What a reader of the figures must know."""
+        if self.opaque:
+            yield _OUTSIDE
         if self._closures:
             yield "what an optimizer with a closure multiplies itself depends on its state, and is in no count."
         if self.tracker.corrections:

@@ -16,6 +16,9 @@ import torch
 Structure = tuple[Any, ...]  # nested tuples of hashable things
 _Tensor, _Parameter = torch.Tensor, torch.nn.Parameter
 _PLAIN = (bool, type(None), torch.dtype, torch.device, torch.memory_format)
+_QUICK = (bool, type(None), int, str, torch.dtype)
+_BOUNDARIES = ("cu_seq", "cu_len")
+_WITH_VALUES = ("position_ids",)
 _DEEPEST = 8
 _TOKENS = ("decoder_input_ids", "input_ids", "tokens", "idx")
 _WORDS = 24  # characters: what is longer is a text, no choice
@@ -30,9 +33,47 @@ def arguments(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Structu
     for name, value in kwargs.items():
         parts.append(name)
         _add(value, parts, ints, 0)
-        if type(value) is _Tensor and (name.startswith(("cu_seq", "cu_len")) or name == "position_ids"):
+        if type(value) is _Tensor and (name in _WITH_VALUES or name.startswith(_BOUNDARIES)):
             _add_boundaries(name, value, parts, ints)
     return tuple(parts), tuple(ints)
+
+
+def quick(
+    index: int,
+    training: bool,
+    wanted: int,
+    cast: torch.dtype | None,
+    weight: torch.dtype | None,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+) -> tuple[Any, ...] | None:
+    """All of that as one key, where every argument is a plain tensor or flag; else None.
+
+    wanted: 0 without grad mode. This runs at every call of a model: it makes one flat tuple.
+    """
+    parts: list[Any] = [index, training, wanted, cast, weight]
+    try:
+        for value in args:
+            kind = type(value)
+            if kind is _Tensor:
+                parts += (value.shape, value.dtype, value.requires_grad)
+            elif kind in _QUICK:
+                parts += (kind, value)
+            else:
+                return None
+        for name, value in kwargs.items():
+            kind = type(value)
+            if kind is _Tensor:
+                if name in _WITH_VALUES or name.startswith(_BOUNDARIES):
+                    return None
+                parts += (name, value.shape, value.dtype, value.requires_grad)
+            elif kind in _QUICK:
+                parts += (name, kind, value)
+            else:
+                return None
+    except RuntimeError:  # a nested tensor has no shape
+        return None
+    return tuple(parts)
 
 
 def _add(value: Any, parts: list[Any], ints: list[int], depth: int) -> None:
@@ -111,8 +152,8 @@ def _add_lengths(lengths: list[int], ints: list[int]) -> None:
     ints += (len(lengths), sum(lengths), sum(length * length for length in lengths))
 
 
-def size_of(module: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[int, int, Any]:
-    """(tokens, samples, the mask that tells padding from them, or None) that a call holds; 0 where it has none.
+def size_of(module: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[int, int, bool]:
+    """(tokens, samples, whether an attention mask tells padding from them) that a call holds; 0 where it has none.
 
     Tokens are the integers of a (batch, length) input, those of the decoder where there are two stacks, or the
     positions of `inputs_embeds`; samples are the rows of the first tensor.
@@ -123,24 +164,24 @@ def size_of(module: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str,
     if named is None and "inputs_embeds" in kwargs:
         shape: Any = getattr(kwargs["inputs_embeds"], "shape", ())
         if len(shape) == 3:
-            return shape[0] * shape[1], shape[0], _mask(kwargs, shape[:2])
+            return shape[0] * shape[1], shape[0], _masked(kwargs, shape[:2])
     for value in (named, *args, *kwargs.values()):
         if isinstance(value, _Tensor) and value.dim() > 0:
             if value.is_nested:
-                return 0, int(value.size(0)), None
+                return 0, int(value.size(0)), False
             shape = value.shape
             if len(shape) == 1 and value is named:
-                return shape[0], 1, None
+                return shape[0], 1, False
             if len(shape) == 2 and not value.is_floating_point() and not value.is_complex():
-                return shape[0] * shape[1], shape[0], _mask(kwargs, shape)
-            return 0, shape[0], None
-    return 0, 0, None
+                return shape[0] * shape[1], shape[0], _masked(kwargs, shape)
+            return 0, shape[0], False
+    return 0, 0, False
 
 
 def _two_stacks(module: torch.nn.Module) -> bool:
     return bool(getattr(getattr(module, "config", None), "is_encoder_decoder", False))
 
 
-def _mask(kwargs: Mapping[str, Any], shape: Any) -> Any:
+def _masked(kwargs: Mapping[str, Any], shape: Any) -> bool:
     mask = kwargs.get("attention_mask")
-    return mask if isinstance(mask, _Tensor) and mask.shape == shape and mask.device.type != "meta" else None
+    return isinstance(mask, _Tensor) and mask.shape == shape and mask.device.type != "meta"

@@ -1,8 +1,9 @@
 """Sees a step's events: calls of the models, backward passes, optimizer steps; without modes, in no compiled code.
 
 A forward pre-hook on each model runs outside what `torch.compile` makes of it, eagerly as compiled: torch calls a
-compiled model's hooks itself. Inside a compiled function of the user's no hook is seen. Backward passes and optimizer
-steps are observed only while a step is open.
+compiled model's hooks itself. Inside a compiled function of the user's no hook is seen. The autograd engine's entry
+and torch's own list of optimizer hooks tell the rest; they are in place from a meter's first step until it is closed
+or gone, because putting them there in every step would cost more than they do.
 """
 
 from __future__ import annotations
@@ -11,23 +12,24 @@ import sys
 import threading
 import weakref
 from collections.abc import Mapping
-from types import FrameType
+from types import FrameType, ModuleType
 from typing import Any, Protocol
 
 import torch
 from torch._C._dynamo import eval_frame as _eval_frame
 from torch.autograd.variable import Variable
-from torch.optim import optimizer as _optimizers
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+from flopprof.counting.imports import WhenImported
 
 _node = torch._C._current_autograd_node
 _thread = threading.get_ident
-_KEY = "flopprof.meter"
 
 
 class Listener(Protocol):
-    """Who is told."""
+    """Who is told; only of what its own thread does while a step is open."""
 
-    thread: int  # the one whose events count; 0: no step is open
+    thread: int
 
     def called(self, index: int, module: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """The model of that number is called."""
@@ -37,6 +39,9 @@ class Listener(Protocol):
 
     def stepped(self, optimizer: torch.optim.Optimizer, *, closure: bool, over: bool) -> None:
         """An optimizer's step begins; over: that of one with a closure has ended."""
+
+
+_listeners: tuple[Listener, ...] = ()  # those with an open step
 
 
 def silent(*_: Any) -> None:
@@ -50,6 +55,8 @@ def _silent() -> Any:
 class Before:
     """The forward pre-hook of one model; copies of the model, and pickles, get one that does nothing."""
 
+    __slots__ = ("_index", "_listener", "_module")
+
     def __init__(self, listener: Listener, index: int, module: torch.nn.Module) -> None:
         self._listener, self._index, self._module = weakref.ref(listener), index, weakref.ref(module)
 
@@ -58,7 +65,7 @@ class Before:
         if torch.compiler.is_compiling():
             return
         listener = self._listener()
-        if listener is None or self._module() is not module or _node() is not None:
+        if listener is None or _node() is not None or self._module() is not module:
             return
         if listener.thread == _thread() or not listener.thread:
             listener.called(self._index, module, args, kwargs)
@@ -75,80 +82,125 @@ _eval_frame.set_code_exec_strategy(Before.__call__.__code__, _SKIP)
 class _Engine:
     """The autograd engine, telling of each backward pass that is started from outside one."""
 
-    def __init__(self, engine: Any, listener: Listener) -> None:
-        self._engine, self._listener = engine, listener
+    def __init__(self, engine: Any) -> None:
+        self._engine = engine
+        self._run = engine.run_backward
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._engine, name)
 
-    def run_backward(self, *args: Any, **kwargs: Any) -> Any:
-        listener = self._listener
-        if listener.thread == _thread() and _node() is None:
-            listener.differentiated(_described(args, kwargs))
-        return self._engine.run_backward(*args, **kwargs)
+    def run_backward(self, tensors: Any, *args: Any, **kwargs: Any) -> Any:
+        for listener in _listeners:
+            if listener.thread == _thread() and _node() is None:
+                # Roots, the graph kept or not, a graph of its own or not, inputs: what tells backward passes apart.
+                listener.differentiated(("backward", len(tensors), args[1:3], len(args) > 3 and len(args[3] or ())))
+        return self._run(tensors, *args, **kwargs)
 
 
-def _described(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
-    """What tells backward passes apart: from how many tensors of what kind, and whether the graph is kept or grows."""
-    tensors = args[0] if args else kwargs.get("tensors", ())
-    keep = args[2] if len(args) > 2 else kwargs.get("keep_graph", False)
-    create = args[3] if len(args) > 3 else kwargs.get("create_graph", False)
-    wanted = args[4] if len(args) > 4 else kwargs.get("inputs", ())
-    first = tensors[0] if len(tensors) else None
-    node = getattr(first, "grad_fn", None)
-    return "backward", len(tensors), type(node), bool(keep), bool(create), len(wanted or ())
+def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    if _listeners and not torch.compiler.is_compiling():
+        closure = (len(args) > 1 or bool(kwargs)) and has_closure(args, kwargs)
+        for listener in _listeners:
+            if listener.thread == _thread():
+                listener.stepped(optimizer, closure=closure, over=False)
+
+
+def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    if _listeners and (len(args) > 1 or kwargs) and not torch.compiler.is_compiling() and has_closure(args, kwargs):
+        for listener in _listeners:
+            if listener.thread == _thread():
+                listener.stepped(optimizer, closure=True, over=True)
+
+
+def has_closure(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    """Is the step of an optimizer given a function to call?"""
+    return any(callable(value) for value in args[1:]) or callable(kwargs.get("closure"))
+
+
+class _Instruments:
+    """What is put in place process-wide, counted: the first meter puts it there, the last one takes it away."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self._users = 0
+        self._handles: list[Any] = []
+        self._engine: _Engine | None = None
+        self.compilations = 0
+        self._compiler = WhenImported("torch._dynamo.callback", self._listen)
+
+    def acquire(self) -> None:
+        with self._lock:
+            self._users += 1
+            if self._users == 1:
+                self._engine = _Engine(Variable._execution_engine)
+                Variable._execution_engine = self._engine  # type: ignore[assignment]  # stands in for it
+                self._handles = [
+                    register_optimizer_step_pre_hook(_before_step),
+                    register_optimizer_step_post_hook(_after_step),
+                ]
+                self._compiler.install()
+
+    def release(self) -> None:
+        with self._lock:
+            self._users -= 1
+            if self._users == 0 and self._engine is not None:
+                current: Any = Variable._execution_engine
+                if current is self._engine:  # else a counter that is open puts it back
+                    Variable._execution_engine = self._engine._engine
+                self._engine = None
+                while self._handles:
+                    self._handles.pop().remove()
+                self._compiler.remove()
+
+    def _listen(self, module: ModuleType) -> Any:
+        def note(_: Any) -> None:
+            self.compilations += 1
+
+        callbacks = module.callback_handler.start_callbacks
+        callbacks.append(note)
+        return lambda: callbacks.remove(note) if note in callbacks else None
+
+
+instruments = _Instruments()
 
 
 class Watch:
-    """The hooks of one meter: on its models as long as it lives, on engine and optimizers while a step is open."""
+    """The hooks of one meter: on its models, and process-wide from its first step on, until it is removed or gone."""
 
-    def __init__(self, listener: Listener) -> None:
-        self._listener = listener
+    def __init__(self) -> None:
         self._handles: list[Any] = []
-        self._engine: Any = None
-        self._hook: Any = None
+        self._release: weakref.finalize[Any, Any] | None = None
+        self._forget = weakref.finalize(self, _remove, self._handles)
 
-    def add(self, index: int, module: torch.nn.Module) -> None:
+    def add(self, listener: Listener, index: int, module: torch.nn.Module) -> None:
         """See calls of this model."""
-        hook = Before(self._listener, index, module)
+        hook = Before(listener, index, module)
         self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
 
-    def open(self) -> None:
+    def open(self, listener: Listener) -> None:
         """A step begins."""
-        listener = self._listener
-        self._engine = Variable._execution_engine
-        Variable._execution_engine = _Engine(self._engine, listener)  # type: ignore[assignment]  # stands in for it
+        global _listeners  # noqa: PLW0603 - read at every event of every step
+        if self._release is None:
+            instruments.acquire()
+            self._release = weakref.finalize(self, instruments.release)
+        _listeners = (*_listeners, listener) if _listeners else (listener,)
 
-        def before(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-            if not torch.compiler.is_compiling() and listener.thread == _thread():
-                listener.stepped(optimizer, closure=_has_closure(args, kwargs), over=False)
-
-        def after(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-            if not torch.compiler.is_compiling() and listener.thread == _thread() and _has_closure(args, kwargs):
-                listener.stepped(optimizer, closure=True, over=True)
-
-        self._key = f"{_KEY}.{id(self)}"
-        _optimizers._global_optimizer_pre_hooks[self._key] = before  # type: ignore[index]  # by any key
-        _optimizers._global_optimizer_post_hooks[self._key] = after  # type: ignore[index]
-
-    def close(self) -> None:
+    def close(self, listener: Listener) -> None:
         """The step is over."""
-        if self._engine is not None:
-            if isinstance(Variable._execution_engine, _Engine):
-                Variable._execution_engine = self._engine
-            self._engine = None
-            del _optimizers._global_optimizer_pre_hooks[self._key]  # type: ignore[arg-type]
-            del _optimizers._global_optimizer_post_hooks[self._key]  # type: ignore[arg-type]
+        global _listeners  # noqa: PLW0603
+        _listeners = () if len(_listeners) == 1 else tuple(other for other in _listeners if other is not listener)
 
     def remove(self) -> None:
-        """Take the hooks off the models."""
-        self.close()
-        while self._handles:
-            self._handles.pop().remove()
+        """Take the hooks off."""
+        self._forget()
+        if self._release is not None:
+            self._release()
+            self._release = None
 
 
-def _has_closure(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
-    return any(callable(value) for value in args[1:]) or callable(kwargs.get("closure"))
+def _remove(handles: list[Any]) -> None:
+    while handles:
+        handles.pop().remove()
 
 
 def compiled_around() -> bool:
@@ -167,6 +219,15 @@ def compiled_around() -> bool:
 
 
 _ENTRY = (
-    *("meter/watching.py", "meter/recorder.py", "meter/meter.py", "counting/instrument.py"),
+    *("meter/watching.py", "meter/recorder.py", "counting/instrument.py"),
     *("nn/modules/module.py", "_dynamo/eval_frame.py", "_dynamo/external_utils.py"),
 )
+
+
+def compiled_within(module: torch.nn.Module) -> bool:
+    """Does a part of the model run compiled?"""
+    if "torch._dynamo.eval_frame" not in sys.modules:
+        return False
+    wrapped = sys.modules["torch._dynamo.eval_frame"].OptimizedModule
+    parts = module.modules()
+    return any(isinstance(part, wrapped) or part.__dict__.get("_compiled_call_impl") is not None for part in parts)

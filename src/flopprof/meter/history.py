@@ -1,0 +1,300 @@
+"""The steps that are past: their records, what they add up to, and the file that they are appended to."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import msgspec
+
+from flopprof.meter.conventions import Teller, teller
+from flopprof.meter.figures import Figures, StepRecord, figures, flops_by_rate, timed
+from flopprof.meter.peaks import Peaks
+from flopprof.meter.recorder import OpenStep, Recorder
+from flopprof.meter.records import SCHEMA, RecordWriter, RunPeaks, RunStart
+from flopprof.meter.summary import Summary, over_peak
+from flopprof.meter.tracking import Done
+from flopprof.meter.work import Work
+from flopprof.meter.world import path_of_rank, place_of_process
+from flopprof.profile import Attention
+
+Clock = Callable[[], float]
+
+
+class History:
+    """Records in the order of their steps."""
+
+    def __init__(
+        self,
+        recorder: Recorder,
+        peaks: Peaks,
+        *,
+        device: str,
+        attention: Attention,
+        convention: str | None,
+        window: int,
+        path: str | os.PathLike[str] | None,
+        epoch: tuple[Clock, Clock],
+    ) -> None:
+        self.records: list[StepRecord] = []
+        self.peaks = peaks
+        self.device = device
+        self.window = window
+        self._recorder = recorder
+        self._attention: Attention = attention
+        self._teller: Teller | None = None if convention is None else teller(convention)
+        self._path = path
+        wall, clock = epoch
+        self._epoch = wall() - clock()  # seconds since 1970 at the clock's zero
+        self._started = wall()
+        self._writer: RecordWriter | None = None
+        self._written: set[str] = set()
+        self._signatures: dict[tuple[Done, ...], int] = {}
+        self._unknown: dict[int, tuple[Done, ...]] = {}  # steps without a count so far, by their place in records
+        self._uncounted: dict[str, int] = {}
+        self._rows: dict[str, float] = {}
+        self._energy = _Energy(device)
+
+    @property
+    def writes(self) -> bool:
+        """Is there a file?"""
+        return self._path is not None
+
+    def move(self, device: str) -> None:
+        """The models are on another device than was thought."""
+        if device != self.device:
+            self.device = device
+            self.peaks = self.peaks.on(device)
+            self._energy = _Energy(device)
+
+    def knows(self, segments: tuple[Done, ...]) -> bool:
+        """Was there a whole step of these segments?"""
+        return segments in self._signatures
+
+    def passed(self, name: str, seconds: float) -> None:
+        """Time between steps."""
+        self._rows[name] = self._rows.get(name, 0.0) + seconds
+
+    # --- records -----------------------------------------------------------------------------------------------------
+    def add(self, step: OpenStep, sizes: tuple[Any, Any], *, wait: bool) -> bool:
+        """The record of a step; False where the device is not past it yet."""
+        times = self._recorder.times(step, wait=wait)
+        if times is None:
+            return False
+        whole, evaluation, paused = times
+        failed = "failed" in step.left_out
+        work = None if failed or step.unseen else self._recorder.work(step.segments)
+        if failed:
+            number = -1
+        elif "interrupted" in step.left_out:
+            number = self._signatures.get(step.segments, -1)
+        else:
+            number = self._signatures.setdefault(step.segments, len(self._signatures))
+        if work is None and not failed and not step.unseen:
+            self._unknown[len(self.records)] = step.segments
+        tokens, samples = step.tokens, step.samples
+        if not tokens and not samples:
+            tokens, samples = step.other_tokens, step.other_samples
+        effective = self._recorder.effective_tokens(step)
+        record = StepRecord(
+            step=step.number,
+            ended_at=self._epoch + step.host_end,
+            step_time_s=max(whole - evaluation - sum(paused.values()), 0.0),
+            signature=number,
+            tokens=sizes[0] if isinstance(sizes[0], int) else tokens,
+            effective_tokens=effective if sizes[0] is None else None,
+            samples=sizes[1] if isinstance(sizes[1], int) else samples,
+            calls=step.calls,
+            optimizer_steps=step.optimizer_steps,
+            data_wait_s=step.data_wait_s,
+            evaluation_s=evaluation,
+            paused_s=paused,
+            left_out=tuple(dict.fromkeys(step.left_out)),
+        )
+        self.records.append(record if work is None else self._counted(record, work))
+        if self._path is not None:
+            self._write(self.records[-1])
+        if self._energy.starts and not record.left_out:
+            self._energy.start()
+        return True
+
+    def _counted(self, record: StepRecord, work: Work) -> StepRecord:
+        for op, calls in work.uncounted.items():
+            self._uncounted[op] = self._uncounted.get(op, 0) + calls
+        return msgspec.structs.replace(
+            record,
+            flops={rate: (row[0] + row[1], sum(row)) for rate, row in work.flops.items()},
+            bytes_moved=work.bytes_moved,
+            uncounted=sum(work.uncounted.values()),
+        )
+
+    def _fill(self) -> None:
+        """Count steps that were not, by another one of the same signature that was since."""
+        for place, segments in list(self._unknown.items()):
+            work = self._recorder.work(segments)
+            if work is not None:
+                self.records[place] = self._counted(self.records[place], work)
+                del self._unknown[place]
+
+    def _write(self, record: StepRecord) -> None:
+        assert self._path is not None
+        if self._writer is None:
+            rank, size = place_of_process()
+            start = RunStart(
+                rank=rank,
+                world_size=size,
+                started_at=self._started,
+                schema=SCHEMA,
+                attention=self._attention,
+                device=self.device,
+                peak=self.peaks.label,
+                peak_measured=self.peaks.measured,
+                bytes_per_s=self.peaks.bytes_per_s,
+                reason=self.peaks.reason,
+            )
+            self._writer = RecordWriter(path_of_rank(self._path, rank, size), start)
+        new = {rate for rate in record.flops or {} if rate not in self._written}
+        if new:
+            self._written |= new
+            self._writer.write(RunPeaks(peaks=self.peaks.describe(new), reason=self.peaks.reason))
+        self._writer.write(record)
+
+    # --- what they add up to -----------------------------------------------------------------------------------------
+    def latest(self, steps: int | None = None) -> Figures | None:
+        """Figures of the latest timed steps."""
+        wanted = steps or self.window
+        usable: list[StepRecord] = []
+        for record in reversed(self.records):
+            if record.flops is not None and not record.left_out:
+                usable.append(record)
+                if len(usable) == wanted:
+                    break
+        return figures(usable, self.peaks.flops_per_s, self.peaks.bytes_per_s)
+
+    def summary(self) -> Summary:
+        """Everything so far."""
+        self._fill()
+        records = self.records
+        usable = timed(records)
+        limit, bandwidth = self.peaks.flops_per_s, self.peaks.bytes_per_s
+        whole = figures(usable, limit, bandwidth)
+        left_out: dict[str, int] = {}
+        for record in records:
+            reason = record.left_out[0] if record.left_out else "uncounted" if record.flops is None else ""
+            if reason:
+                left_out[reason] = left_out.get(reason, 0) + 1
+        energy_j, energy_tokens = self._energy.read(records)
+        told = None
+        if self._teller is not None:
+            told = self._teller.tell(self._recorder.models, usable, limit)
+        return Summary(
+            device=self.device,
+            peak=self.peaks.label,
+            peaks=self.peaks.describe(flops_by_rate(usable)),
+            peak_measured=self.peaks.measured,
+            attention=self._attention,
+            steps=len(records),
+            counted_steps=sum("counted" in record.left_out for record in records),
+            signatures=len(self._signatures),
+            left_out=left_out,
+            flops=flops_by_rate(records),
+            uncounted=dict(self._uncounted),
+            tokens=sum(record.tokens for record in records),
+            samples=sum(record.samples for record in records),
+            optimizer_steps=sum(record.optimizer_steps for record in records),
+            whole=whole,
+            window=figures(usable[-self.window :], limit, bandwidth),
+            rows=self._times(),
+            peak_memory_bytes=_peak_memory(self.device),
+            energy_j=energy_j,
+            joules_per_token=None if energy_j is None or not energy_tokens else energy_j / energy_tokens,
+            convention=told,
+            notes=tuple(self._notes(whole)),
+        )
+
+    def _notes(self, whole: Figures | None) -> list[str]:
+        notes = list(self._recorder.notes())
+        if self._unknown:
+            notes.append(f"{len(self._unknown)} steps are in no figure: nothing like them was counted yet.")
+        if whole is None:
+            notes.append("no step is timed yet: the first ones, and those that are counted, are in no figure.")
+        elif whole.mfu is None:
+            notes.append(f"no MFU: {self.peaks.reason}")
+        elif self.peaks.measured:
+            notes.append("MFU and HFU are of a peak that was measured, not of the vendor's.")
+        if whole is not None:
+            notes += over_peak(whole)
+        return notes
+
+    def _times(self) -> dict[str, float]:
+        rows = {"steps": 0.0, "left_out": 0.0, "data_wait": 0.0, "evaluation": 0.0}
+        rows["evaluation"] += self._recorder.evaluation_between_s()
+        for record in self.records:
+            rows["left_out" if record.left_out or record.flops is None else "steps"] += record.step_time_s
+            rows["data_wait"] += record.data_wait_s
+            rows["evaluation"] += record.evaluation_s
+            for name, seconds in record.paused_s.items():
+                rows[name] = rows.get(name, 0.0) + seconds
+        for name, seconds in self._rows.items():
+            rows[name] = rows.get(name, 0.0) + seconds
+        return rows
+
+    # --- resuming ----------------------------------------------------------------------------------------------------
+    def state(self) -> dict[str, Any]:
+        """Plain values that `restore` goes on from."""
+        number_of = self._recorder.tracker.numbered()
+        between = self._recorder.evaluation_between_s() + self._rows.get("evaluation", 0.0)
+        return {
+            "records": [msgspec.to_builtins(record) for record in self.records],
+            "signatures": [number_of(segments) for segments in self._signatures],
+            "uncounted": dict(self._uncounted),
+            "rows": {**self._rows, "evaluation": between},
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from there."""
+        self.records = [msgspec.convert(record, StepRecord) for record in state["records"]]
+        found = self._recorder.tracker.found
+        self._signatures = {found(numbers): i for i, numbers in enumerate(state["signatures"])}
+        self._unknown.clear()
+        self._uncounted = dict(state["uncounted"])
+        self._rows = dict(state["rows"])
+
+    def close(self) -> None:
+        """Close the file."""
+        self._fill()
+        if self._writer is not None:
+            self._writer.close()
+
+
+class _Energy:
+    """What the GPU draws from the first step that is in the figures."""
+
+    def __init__(self, device: str) -> None:
+        self._device = device
+        self._counter: Any = None
+        self._from = 0
+        self.starts = device.startswith("cuda")
+
+    def start(self) -> None:
+        """Begin to count joules."""
+        from flopprof.hardware.energy import energy_counter
+
+        self.starts = False
+        self._counter = energy_counter([self._device])
+
+    def read(self, records: list[StepRecord]) -> tuple[float | None, int]:
+        """(joules, tokens) since then; None where it is not measured."""
+        if self._counter is None:
+            return None, 0
+        first = next((i for i, record in enumerate(records) if not record.left_out), len(records))
+        return self._counter.joules(), sum(record.tokens for record in records[first + 1 :])
+
+
+def _peak_memory(device: str) -> int | None:
+    if not device.startswith("cuda"):
+        return None
+    import torch
+
+    return int(torch.cuda.max_memory_allocated(device))
