@@ -43,11 +43,11 @@ class Two(nn.Module):
 def run(model: nn.Module, rows: int, *, steps: int = STEPS, **options: Any) -> Meter:
     """A loop of `steps` steps on a batch of `rows`."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    meter = Meter(model, peak=1e12, **options)
-    for batch in meter.track([torch.randn(rows, WIDTH) for _ in range(steps)], progress=False):
-        model(batch).sum().backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    with Meter(model, peak=1e12, **options) as meter:
+        for batch in meter.track([torch.randn(rows, WIDTH) for _ in range(steps)], progress=False):
+            model(batch).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
     return meter
 
 
@@ -81,11 +81,11 @@ def pipelined(_folder: Path) -> World:
     part = nn.Sequential(whole.a, nn.ReLU()) if rank == 0 else whole.b
     stage = PipelineStage(part, rank, RANKS, torch.device("cpu"))
     schedule = ScheduleGPipe(stage, n_microbatches=2, loss_fn=lambda output, target: (output - target).sum())
-    meter = Meter(part, peak=1e12)
     x, target = torch.randn(BATCH, WIDTH), torch.randn(BATCH, WIDTH)
-    for _ in range(STEPS):
-        with meter.step():
-            schedule.step(*([x] if rank == 0 else []), **({} if rank == 0 else {"target": target}))
+    with Meter(part, peak=1e12) as meter:
+        for _ in range(STEPS):
+            with meter.step():
+                schedule.step(*([x] if rank == 0 else []), **({} if rank == 0 else {"target": target}))
     return meter.world()
 
 
