@@ -8,6 +8,7 @@ import transformers
 
 from flopprof import analytic
 from flopprof.analytic import TransformerShape
+from flopprof.models import catalogue
 
 PF_DAY = 1e15 * 24 * 3600
 A100, TPU3, TPU4, H100 = 312e12, 123e12, 275e12, 989.5e12
@@ -390,3 +391,12 @@ def test_any_config_with_its_number_of_parameters(family: str) -> None:
     assert ours.n_params == 10**9
     attention = 12 * ours.layers * ours.d_attention * 64
     assert analytic.palm_flops_per_token(ours.n_params, ours) == 6 * 10**9 + attention
+
+
+@pytest.mark.parametrize("name", ["llama-7b", "qwen2-0.5b", "gpt-neox-20b", "gpt2", "opt-125m"])
+def test_a_config_that_does_not_say_how_positions_are_made(name: str) -> None:
+    """Early LLaMA configs name no rotary base: their positions are rotary all the same, and no parameters."""
+    entry = catalogue.entries()[name]
+    shape = TransformerShape.from_config(entry.facts(), seq=128)
+    assert shape.n_params == pytest.approx(entry.parameters, rel=2e-3)  # norms and biases
+    assert (shape.positions > 0) == (name in ("gpt2", "opt-125m"))

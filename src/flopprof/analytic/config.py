@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from flopprof.analytic.families import KNOWN, TWO_TABLES, WITH_HEAD_TRANSFORM
+from flopprof.analytic.families import KNOWN, LEARNED_POSITIONS, TWO_TABLES, WITH_HEAD_TRANSFORM
 
 _LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 _HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads", "decoder_attention_heads", "encoder_attention_heads")
@@ -26,7 +26,7 @@ _GATED_ACTIVATIONS = {"silu", "swish", "swiglu", "geglu", "reglu"}
 # What a config has where positions are computed and not looked up.
 _COMPUTED_POSITIONS = ("rope_theta", "rope_parameters", "rope_scaling", "rotary_pct", "rotary_dim", "alibi",
                        "relative_attention_num_buckets")  # fmt: skip
-_COMPUTED_POSITION_FAMILIES = {"bloom", "m2m_100", "mpt", "falcon", "t5", "mt5"}
+_COMPUTED_POSITION_FAMILIES = (KNOWN - LEARNED_POSITIONS) | {"m2m_100", "modernbert", "nomic_bert"}
 
 
 def sizes_of(config: Any, *, counted: bool = False) -> dict[str, Any]:

@@ -28,6 +28,16 @@ KNOWN = _names(
     """
 )
 
+# Of these, the ones that look up an embedding of each position; the others compute it (rotary, ALiBi, relative), also
+# where a config is too old or too short to say so.
+LEARNED_POSITIONS = _names(
+    """
+    aimv2_text_model bert-generation biogpt chinese_clip_text_model clip_text_model clipseg_text_model gpt2 gpt_bigcode
+    gpt_neo metaclip_2_text_model openai-gpt opt owlv2_text_model owlvit_text_model tipsv2_text_model
+    videoprism_text_model xclip_text_model
+    """
+)
+
 # Encoder-decoders with learned positions: a table for each stack, with so many rows that are not positions.
 TWO_TABLES = {
     "bart": 2, "mbart": 2, "plbart": 2, "pegasus": 0, "marian": 0, "blenderbot": 0, "blenderbot-small": 0,
