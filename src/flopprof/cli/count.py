@@ -53,6 +53,7 @@ def count(
     if generation.asked:
         generation.run(ctx, wanted, files, attention=attention, fold=fold, strict=strict)
         return
+    roof = generation.roof(files.html)
     with progress(f"Counting {wanted.target}"):
         workload = wanted.load()
         profile = workload.count(
@@ -67,7 +68,7 @@ def count(
     if mismatch is not None and files.take_stdout:
         typer.echo(f"flopprof: {mismatch}", err=True)
     heading = f"{workload.describe()}, {profile.device}"
-    files.write(profile, heading=heading, depth=depth)
+    files.write(profile, heading=heading, depth=depth, hardware=roof)
     if not files.take_stdout:
         from flopprof.report.console import render
 

@@ -10,9 +10,10 @@ import typer
 
 from flopprof.cli.options import REPORT
 from flopprof.cli.output import STDOUT, require_writable, write_text
-from flopprof.errors import UsageError
+from flopprof.errors import UnknownDevice, UsageError
 
 if TYPE_CHECKING:
+    from flopprof.hardware import Device
     from flopprof.profile import Profile
 
 
@@ -28,6 +29,7 @@ class Files:
     csv: Annotated[str | None, _file("Write one row per module and operator, in FLOPs")] = None
     markdown: Annotated[str | None, _file("Write the tables as Markdown")] = None
     speedscope: Annotated[str | None, _file("Write a flame graph weighted by FLOPs, for speedscope.app")] = None
+    html: Annotated[str | None, _file("Write one page of charts and tables, which works offline")] = None
     folded: Annotated[str | None, _file("Write folded stacks weighted by FLOPs, for flamegraph.pl")] = None
     save_routing: Annotated[
         str | None, _file("Write the tokens that each expert got in a run on real numbers, for --routing")
@@ -39,16 +41,21 @@ class Files:
             raise UsageError("several options ask for standard output by -: give all but one of them a file.")
         for _name, path in self._given():
             require_writable(path)
+        if self.html is not None:
+            from flopprof.report.html.page import require_plotly
+
+            require_plotly()
 
     @property
     def take_stdout(self) -> bool:
         """Does one of them go to standard output, instead of the tables?"""
         return any(path == STDOUT for _name, path in self._given())
 
-    def write(self, profile: Profile, *, heading: str, depth: int) -> None:
-        """Write each file, whole or not at all."""
+    def write(self, profile: Profile, *, heading: str, depth: int, hardware: Device | None = None) -> None:
+        """Write each file, whole or not at all. hardware: whose roof the page of --html shows first."""
+        about = _About(heading=heading, depth=depth, hardware=hardware)
         for name, path in self._given():
-            write_text(path, _WRITERS[name](profile, heading, depth))
+            write_text(path, _WRITERS[name](profile, about))
 
     def _given(self) -> Iterator[tuple[str, str]]:
         for field in fields(self):
@@ -57,45 +64,73 @@ class Files:
                 yield field.name, path
 
 
-def _json(profile: Profile, heading: str, depth: int) -> str:
+@dataclass(frozen=True, kw_only=True)
+class _About:
+    """What was run, and how much of it is shown."""
+
+    heading: str
+    depth: int
+    hardware: Device | None
+
+
+def _json(profile: Profile, about: _About) -> str:
     return profile.to_json()
 
 
-def _csv(profile: Profile, heading: str, depth: int) -> str:
+def _csv(profile: Profile, about: _About) -> str:
     from flopprof.report.csv import to_csv
 
     return to_csv(profile)
 
 
-def _markdown(profile: Profile, heading: str, depth: int) -> str:
+def _markdown(profile: Profile, about: _About) -> str:
     from flopprof.report.markdown import to_markdown
 
-    return to_markdown(profile, heading=heading, depth=depth)
+    return to_markdown(profile, heading=about.heading, depth=about.depth)
 
 
-def _speedscope(profile: Profile, heading: str, depth: int) -> str:
+def _speedscope(profile: Profile, about: _About) -> str:
     from flopprof.report.stacks import to_speedscope
 
     return to_speedscope(profile)
 
 
-def _folded(profile: Profile, heading: str, depth: int) -> str:
+def _html(profile: Profile, about: _About) -> str:
+    from flopprof.report.html.profile import render
+
+    return render(profile, heading=about.heading, hardware=about.hardware or _here(profile))
+
+
+def _here(profile: Profile) -> Device | None:
+    """The table's row of the GPU that the profile was counted on; None where it was none, or is in no table."""
+    from flopprof.hardware import device
+
+    if not profile.device.startswith("cuda"):
+        return None
+    try:
+        return device(profile.device)
+    except UnknownDevice:
+        return None
+
+
+def _folded(profile: Profile, about: _About) -> str:
     from flopprof.report.stacks import to_folded
 
     return to_folded(profile)
 
 
-def _save_routing(profile: Profile, heading: str, depth: int) -> str:
+def _save_routing(profile: Profile, about: _About) -> str:
     from flopprof.models.routing import to_json
 
     return to_json(profile)
 
 
-_WRITERS: dict[str, Callable[[Profile, str, int], str]] = {
+_WRITERS: dict[str, Callable[[Profile, _About], str]] = {
     "json": _json,
     "csv": _csv,
     "markdown": _markdown,
     "speedscope": _speedscope,
+    "html": _html,
     "folded": _folded,
     "save_routing": _save_routing,
 }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import astuple, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
@@ -13,6 +13,7 @@ from flopprof.cli.output import STDOUT, console, progress, write_text
 from flopprof.errors import UncountedOperators, UsageError
 
 if TYPE_CHECKING:
+    from flopprof.hardware import Device
     from flopprof.profile import Attention
 
 _PANEL = "Generating text (Hugging Face models)"
@@ -30,6 +31,7 @@ _OTHERS = {
     "csv": "--csv",
     "markdown": "--markdown",
     "speedscope": "--speedscope",
+    "html": "--html",
     "folded": "--folded",
     "save_routing": "--save-routing",
 }
@@ -73,7 +75,7 @@ class Generation:
         str | None,
         typer.Option(
             help="A device that flopprof peaks lists (H100): times at best, and from which batch on decoding is not "
-            "bound by memory.",
+            "bound by memory. With --html: whose roof the page shows first.",
             metavar="DEVICE",
             rich_help_panel=_PANEL,
         ),
@@ -81,15 +83,28 @@ class Generation:
 
     def check(self) -> None:
         """Raises UsageError for options that are wrong whatever the model is: said before torch is imported."""
-        given = {"--context": self.context, "--prompt": self.prompt, "--new": self.new, "--hardware": self.hardware}
+        given = {"--context": self.context, "--prompt": self.prompt, "--new": self.new}
         if self.mode is None and self.asked:
             option = next(option for option, value in given.items() if value is not None)
             raise UsageError(f"{option} is about generating text: add --mode prefill, decode or generate.")
 
     @property
     def asked(self) -> bool:
-        """Is any of them given?"""
-        return any(value is not None for value in astuple(self))
+        """Is any of them given that is only for this?"""
+        return any(value is not None for value in (self.mode, self.context, self.prompt, self.new))
+
+    def roof(self, html: str | None) -> Device | None:
+        """The device of --hardware, for the page of --html. Raises UsageError where it is about nothing."""
+        if self.hardware is None:
+            return None
+        if html is None:
+            raise UsageError(
+                "--hardware is about generating text, or about the roof of --html: add --mode prefill, decode or "
+                "generate, or --html FILE."
+            )
+        from flopprof.hardware import device
+
+        return device(self.hardware)
 
     def run(
         self, ctx: typer.Context, wanted: Wanted, files: Files, *, attention: Attention, fold: bool, strict: bool

@@ -7,7 +7,8 @@ from typing import Annotated
 import typer
 
 from flopprof.cli.options import RUN, AttentionPairs, Backward, Wanted, taken
-from flopprof.cli.output import console, progress, require_writable, write_text
+from flopprof.cli.output import STDOUT, console, progress, require_writable, write_text
+from flopprof.errors import UsageError
 
 _REPORT = "What is printed"
 
@@ -36,16 +37,36 @@ def reconcile(
             rich_help_panel=_REPORT,
         ),
     ] = None,
+    html: Annotated[
+        str | None,
+        typer.Option(
+            help="Write one page of charts and tables, which works offline; - is standard output.",
+            metavar="FILE",
+            rich_help_panel=_REPORT,
+        ),
+    ] = None,
 ) -> None:
     """Tell why a model's FLOPs differ from 2 N T (forward) and 6 N T (training), to the last FLOP."""
-    require_writable(json)
+    if json == html == STDOUT:
+        raise UsageError("both --json and --html ask for standard output by -: give one of them a file.")
+    for path in (json, html):
+        require_writable(path)
+    if html is not None:
+        from flopprof.report.html.page import require_plotly
+
+        require_plotly()
     with progress(f"Reconciling {wanted.target}"):
         workload = wanted.load()
         profile = workload.count(backward=backward or wanted.checkpointing, attention=attention)
         ledger = profile.reconcile(tokens)
     if json is not None:
         write_text(json, ledger.to_json())
-    if json != "-":
+    if html is not None:
+        from flopprof.report.html.profile import render_reconciled
+
+        heading = f"{workload.describe()}, {profile.device}"
+        write_text(html, render_reconciled(profile, ledger, heading=heading))
+    if STDOUT not in (json, html):
         from flopprof.report.ledger import render
 
         console().print(render(ledger, heading=f"{wanted.target}, {workload.describe()}"), crop=False)

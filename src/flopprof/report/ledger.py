@@ -18,14 +18,14 @@ _ITEMS = 3
 def render(ledger: Ledger, *, heading: str = "") -> RenderableType:
     """The whole report as one renderable; width, colour and file are its printer's."""
     parts: list[RenderableType] = [Text(heading, style="bold", overflow="fold"), Text()] if heading else []
-    parts += [_waterfall(ledger), Text(), Facts(list(_reasons(ledger))), Text(), Facts(list(_verdict(ledger)))]
+    parts += [_waterfall(ledger), Text(), Facts(list(_reasons(ledger))), Text(), Facts(list(verdict(ledger)))]
     return Group(*parts)
 
 
 def _waterfall(ledger: Ledger) -> RenderableType:
-    step = common_step([_largest(part) for part in _parts(ledger)])
+    step = common_step([_largest(part) for part in stages(ledger)])
     rows: list[list[str]] = []
-    for part in _parts(ledger):
+    for part in stages(ledger):
         if part is not ledger:
             rows.append([""])
         shown = [term for term in part.terms if term.flops or term.flops_full]
@@ -33,14 +33,14 @@ def _waterfall(ledger: Ledger) -> RenderableType:
         for term in shown:
             sign = "" if term.flops < 0 else "+"
             amount = f"{sign}{format_fixed(term.flops, step)}"
-            rows.append([f"  {_words(term)}", amount, _signed_share(term.flops, part.estimate_flops)])
+            rows.append([f"  {words(term)}", amount, _signed_share(term.flops, part.estimate_flops)])
         share = format_share(part.measured_flops, part.estimate_flops)
         rows.append([f"= {part.measured}", format_fixed(part.measured_flops, step), share])
     columns = [Column("Step", number=False, elastic=True), Column(unit_name(step, "FLOPs")), Column("Of the estimate")]
     return Grid(columns, rows)
 
 
-def _parts(ledger: Ledger) -> list[Ledger]:
+def stages(ledger: Ledger) -> list[Ledger]:
     """The ledgers worth showing: hardware only where something was executed beyond the model's FLOPs."""
     parts = [ledger]
     if ledger.backward is not None:
@@ -54,7 +54,8 @@ def _largest(ledger: Ledger) -> int:
     return max(abs(ledger.estimate_flops), abs(ledger.measured_flops), *(abs(term.flops) for term in ledger.terms))
 
 
-def _words(term: Term) -> str:
+def words(term: Term) -> str:
+    """The term's name as one reads it: `activation x activation`."""
     return term.name.replace("_x_", " x ").replace("_", " ")
 
 
@@ -65,19 +66,20 @@ def _signed_share(part: int, whole: int) -> str:
 
 def _reasons(ledger: Ledger) -> Iterator[tuple[str, str]]:
     """Each term's sentence, and the largest parts of it."""
-    for part in _parts(ledger):
+    for part in stages(ledger):
         for term in part.terms:
             if not (term.flops or term.flops_full):
                 continue
             names = [f"{item.name or '(root)'} {format_si(item.flops, 'FLOPs')}" for item in term.items[:_ITEMS]]
             more = f", {len(term.items) - _ITEMS} more" if len(term.items) > _ITEMS else ""
-            yield _words(term), f"{term.sentence} {', '.join(names)}{more}."
+            yield words(term), f"{term.sentence} {', '.join(names)}{more}."
             if term.flops_full != term.flops_causal:
                 full, causal = format_si(term.flops_full, "FLOPs"), format_si(term.flops_causal, "FLOPs")
                 yield "", f"Over every query-key pair {full}; over those that the mask lets through {causal}."
 
 
-def _verdict(ledger: Ledger) -> Iterator[tuple[str, str]]:
+def verdict(ledger: Ledger) -> Iterator[tuple[str, str]]:
+    """What N, T and the simple formula are here, and what other tools' conventions make of the same run."""
     trained = ledger.backward is not None
     factor, tokens, n = (6 if trained else 2), ledger.tokens, ledger.n_params
     yield "N", f"{n:,} parameters, tied ones once; {ledger.n_params_active:,} of them active in this run, as measured"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 from flopprof.profile import PHASES, Profile, ancestors
@@ -14,8 +14,9 @@ from flopprof.profile import PHASES, Profile, ancestors
 class Node:
     """One module, or `repeats` identical ones; every number is of all of them together.
 
-    name is relative to the parent node. flops and own are in the order of PHASES: with and without children.
-    uncounted tells per phase whether something below has no formula, so that the number is a lower bound.
+    name is relative to the parent node; fqn is that of the (first) module. flops and own are in the order of PHASES:
+    with and without children. uncounted tells per phase whether something below has no formula, so that the number
+    is a lower bound.
     """
 
     name: str
@@ -28,6 +29,7 @@ class Node:
     uncounted: tuple[bool, ...]
     children: tuple[Node, ...] = ()
     repeats: int = 1
+    fqn: str = field(default="", compare=False)
 
     @property
     def total(self) -> int:
@@ -65,6 +67,7 @@ def module_tree(profile: Profile) -> Node:
             own=tuple(table.get(fqn, 0) for table in own),
             uncounted=tuple(fqn in hole for hole in holes),
             children=children,
+            fqn=fqn,
         )
 
     def nodes_below(parent: str, prefix: str) -> Iterator[Node]:
