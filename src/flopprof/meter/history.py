@@ -107,7 +107,7 @@ class History:
             samples=sizes[1] if isinstance(sizes[1], int) else samples,
             calls=step.calls,
             optimizer_steps=step.optimizer_steps,
-            data_wait_s=step.data_wait_s,
+            data_wait_s=step.data_wait_s + paused.pop("data_wait", 0.0),
             evaluation_s=evaluation,
             paused_s=paused,
             left_out=tuple(dict.fromkeys(step.left_out)),

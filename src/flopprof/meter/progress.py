@@ -44,24 +44,8 @@ class Progress:
             self._live.stop()
 
     def line(self) -> str:
-        """`step 120/1000  MFU 41.2 %  HFU 52.0 %  412.1 TFLOP/s  81.22 ktokens/s  120.3 ms/step`."""
-        parts = [f"step {self._steps}" + (f"/{self._total}" if self._total is not None else "")]
-        current = self._figures()
-        if current is None:
-            return "  ".join([*parts, "no step is timed yet"])
-        if current.mfu is not None:
-            parts += [f"MFU {percent(current.mfu)}", f"HFU {percent(current.hfu)}"]
-            if current.mfu > 1:
-                parts[-2] += " (cannot be: see the summary)"
-        else:
-            parts.append("MFU not known")
-        parts.append(format_si(current.model_flops_per_s, "FLOP/s"))
-        if current.tokens_per_s is not None:
-            parts.append(format_si(current.tokens_per_s, "tokens/s"))
-        elif current.samples_per_s is not None:
-            parts.append(format_si(current.samples_per_s, "samples/s"))
-        parts.append(f"{format_time(current.step_time_s.median)}/step")
-        return "  ".join(parts)
+        """What `line` says of the loop so far."""
+        return line(self._steps, self._figures(), self._total)
 
     def _rewrite(self) -> None:
         from rich.text import Text
@@ -73,6 +57,26 @@ class Progress:
             self._live = Live(console=Console(stderr=True), auto_refresh=False)
             self._live.start()
         self._live.update(Text(self.line(), no_wrap=True, overflow="ellipsis"), refresh=True)
+
+
+def line(steps: int, current: Figures | None, total: int | None = None) -> str:
+    """`step 120/1000  MFU 41.2 %  HFU 52.0 %  412.1 TFLOP/s  81.22 ktokens/s  120.3 ms/step`."""
+    parts = [f"step {steps}" + (f"/{total}" if total is not None else "")]
+    if current is None:
+        return "  ".join([*parts, "no step is timed yet"])
+    if current.mfu is not None:
+        parts += [f"MFU {percent(current.mfu)}", f"HFU {percent(current.hfu)}"]
+        if current.mfu > 1:
+            parts[-2] += " (cannot be: see the summary)"
+    else:
+        parts.append("MFU not known")
+    parts.append(format_si(current.model_flops_per_s, "FLOP/s"))
+    if current.tokens_per_s is not None:
+        parts.append(format_si(current.tokens_per_s, "tokens/s"))
+    elif current.samples_per_s is not None:
+        parts.append(format_si(current.samples_per_s, "samples/s"))
+    parts.append(f"{format_time(current.step_time_s.median)}/step")
+    return "  ".join(parts)
 
 
 def _length(loader: Any) -> int | None:
