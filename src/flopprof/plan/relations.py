@@ -12,10 +12,9 @@ _AGREE = 5e-3  # figures that are given twice over may be rounded
 
 # name -> (product on the left, product on the right): every equation says that two products are equal
 Equation = tuple[str, tuple[str, ...], tuple[str, ...]]
-NEEDS = "flops = flops per token x tokens"
 EQUATIONS: tuple[Equation, ...] = (
-    (NEEDS, ("flops",), ("flops_per_token", "tokens")),
     ("flops per token = 6 x active params", ("flops_per_token",), ("six", "active_params")),
+    ("flops = flops per token x tokens", ("flops",), ("flops_per_token", "tokens")),
     ("flops = 3600 x peak x MFU x device-hours", ("flops",), ("hour_s", "peak_flops_per_s", "mfu", "device_hours")),
     ("device-hours = 24 x devices x days", ("device_hours",), ("day_h", "devices", "days")),
     ("cost = price x device-hours", ("cost_usd",), ("usd_per_device_hour", "device_hours")),

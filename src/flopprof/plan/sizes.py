@@ -47,11 +47,13 @@ def of_shape(shape: TransformerShape | Mapping[str, Any], seq: int | None, param
     from flopprof.models.catalogue import forward_flops_per_token
 
     if isinstance(shape, Mapping):
+        fields = TransformerShape.__struct_fields__
+        if unknown := [name for name in shape if name not in fields]:
+            raise UsageError(f"a shape has no {', '.join(unknown)} (fields: {', '.join(fields)}).")
         try:
             shape = msgspec.convert({"seq": seq or _SEQ, **shape}, TransformerShape, strict=False)
         except (msgspec.ValidationError, ValueError) as error:
-            fields = ", ".join(TransformerShape.__struct_fields__)
-            raise UsageError(f"not the shape of a transformer: {error} (fields: {fields}).") from error
+            raise UsageError(f"not the shape of a transformer: {error} (fields: {', '.join(fields)}).") from error
     if seq is not None and seq != shape.seq:
         shape = msgspec.structs.replace(shape, seq=seq)
     active, total = shape.n_params_active, shape.n_params

@@ -130,7 +130,11 @@ def _serving(plan: Plan) -> list[Fact]:
     facts = [
         ("a token", f"{found.flops_per_token:.4g} FLOPs"),
         ("1,000 tokens", thousand),
-        ("weights", f"{_bytes(found.resident_bytes)} in {found.weight_bits} bits, {_bytes(found.weight_bytes)} read"),
+        (
+            "weights",
+            f"{_bytes(found.resident_bytes)} in {found.weight_bits} bits{_spread(found, plan)}; "
+            f"{_bytes(found.weight_bytes)} read a step",
+        ),
     ]
     if found.cache_bytes_per_token is not None:
         each = _bytes(found.cache_bytes_per_token)
@@ -147,6 +151,13 @@ def _serving(plan: Plan) -> list[Fact]:
     if found.usd_per_million_tokens is not None:
         facts.append(("1 M tokens", f"${found.usd_per_million_tokens:.4g}"))
     return facts
+
+
+def _spread(found: Serving, plan: Plan) -> str:
+    """How many devices the weights alone need, where they are too large for those that were given."""
+    if plan.device_memory_bytes is None or found.resident_bytes <= found.devices * plan.device_memory_bytes:
+        return ""
+    return f", for which {-(-found.resident_bytes // plan.device_memory_bytes)} devices are needed"
 
 
 def _with(found: Serving) -> str:

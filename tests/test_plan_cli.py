@@ -1,0 +1,133 @@
+"""`flopprof plan`: what it prints, its JSON, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from flopprof.cli.main import app
+from flopprof.plan.make import plan
+
+
+def run(*arguments: str, width: int = 80) -> Result:
+    return CliRunner().invoke(app, ["plan", *arguments], env={"COLUMNS": str(width), "NO_COLOR": "1"})
+
+
+def words(result: Result) -> str:
+    return " ".join(result.stdout.split())
+
+
+def test_the_page_of_a_run() -> None:
+    result = run("--params", "7e9", "--tokens", "1T", "--hardware", "H100", "--mfu", "50%", "--price", "2")
+    assert result.exit_code == 0, result.output
+    assert max(map(len, result.stdout.splitlines())) <= 80
+    assert result.stdout.isascii()
+    for said in (
+        "model 7 B parameters",
+        "tokens 1 T (143 a parameter)",
+        "6 N D 4.2e+22 FLOPs",
+        "H100 SXM5, 989.4 TFLOP/s dense bfloat16, 3352 GB/s",
+        "MFU 50.0% = 494.7 TFLOP/s a device (given)",
+        "device-hours 23,583 (982.6 device-days)",
+        "cost $47,167 at $2.00 a device-hour",
+        "energy 16.51 MWh: 700 W a device (TDP), PUE 1",
+        "weights 14 GB gradients 14 GB optimizer 84 GB activations not known",
+        "together >= 112 GB, MORE than the device's 80 GB",
+        "bound by memory: 4.177 ms a step, 239.4 tokens/s (batch 1; at best)",
+        "by products from a batch of 296",
+    ):
+        assert said in words(result), said
+    assert "assumed" not in result.stdout
+
+
+def test_a_named_model_in_full() -> None:
+    arguments = "llama-3.1-70b --tokens 15e12 --hardware H100 --devices 1024 --mfu 0.4 --zero 3 --checkpointing full"
+    result = run(*arguments.split(), "--co2", "0.4", "--power", "650", "--pue", "1.2", "--batch", "8")
+    said = words(result)
+    assert max(map(len, result.stdout.splitlines())) <= 80
+    assert "detailed 6.738e+24 FLOPs, 1.061 of 6 N D; attention over all pairs of 4096 tokens (used below)" in said
+    assert "192.4 days on 1,024 devices" in said
+    assert "650 W a device (given), PUE 1.2" in said
+    assert "CO2 " in said
+    assert "for which 2 devices are needed" in said
+    assert "within the device's 80 GB; buffers come on top" in said
+    assert "ZeRO 3 over 1024, micro-batch 1, checkpointing full" in said
+    assert "(batch 8; at best)" in said
+
+
+def test_assumptions_and_warnings_are_told() -> None:
+    assert "assumed MFU 100 %" in words(run("--params", "7e9", "--tokens", "1e12", "--hardware", "A100"))
+    implied = words(run("--params", "7e9", "--tokens", "1e12", "--hardware", "H100", "--device-hours", "500"))
+    assert "MFU 2358.3% = 23333.3 TFLOP/s a device (implied)" in implied
+    assert "warning MFU 2358% is more than the peak allows" in implied
+    budget = words(run("--hardware", "H100", "--mfu", "0.4", "--price", "2", "--cost", "1M"))
+    assert "assumed 20 tokens a parameter (Chinchilla)" in budget
+
+
+def test_a_shape_and_its_layout() -> None:
+    shape = "layers=48,d_model=6144,heads=64,vocab=51200,positions=2048"
+    arguments = ("--seq", "2048", "--micro-batch", "4", "--tp", "8", "--dropout", "--keep-scores", "--json", "-")
+    memory = json.loads(run("--shape", shape, *arguments).stdout)["memory"]
+    # Korthikanti 2022, eq. 2: L s b h (10 + 24 / t + 5 a s / (h t))
+    assert memory["activations_bytes"] == 48 * 2048 * 4 * (10 * 6144 + (24 * 6144 + 5 * 64 * 2048) // 8)
+    gated = json.loads(run("--shape", f"{shape},gated,tied=false", "--json", "-").stdout)
+    assert gated["params"] == 48 * (4 + 3 * 4) * 6144**2 + (2 * 51200 + 2048) * 6144
+
+
+def test_json_is_the_plan(tmp_path: Path) -> None:
+    arguments = ("gpt2", "--tokens", "10B", "--hardware", "A100", "--mfu", "0.3")
+    expected = plan("gpt2", tokens=10**10, hardware="A100", mfu=0.3)
+    assert json.loads(run(*arguments, "--json", "-").stdout) == json.loads(expected.to_json())
+    file = tmp_path / "plan.json"
+    assert "Training" in run(*arguments, "--json", str(file)).stdout
+    assert json.loads(file.read_text())["schema"] == "flopprof.plan/1"
+
+
+def test_published_runs() -> None:
+    result = run("--published")
+    assert result.exit_code == 0
+    assert max(map(len, result.stdout.splitlines())) <= 80
+    for line in ("GPT-3 175B 174.6 B 300 B 3.14e23 V100 - 24.6 19.7%", "15.6 T 3.80e25 H100 30,840,000 342.2 34.6%"):
+        assert line in words(result)
+    rows = json.loads(run("--published", "--json", "-").stdout)["runs"]
+    assert all(row["source"] and row["date"] for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "nothing follows from that"),
+        (["--params", "seven"], "cannot read 'seven' as a count"),
+        (["--params", "7e9", "--mfu", "half"], "cannot read 'half' as a share"),
+        (["--params", "7e9", "--mfu", "40"], "write 40 % as 0.4"),
+        (["--params", "7e9", "--tokens", "1e12", "--hardware", "H1000"], "no device of the table goes by 'H1000'"),
+        (["--params", "7e9", "--hardware", "V100", "--dtype", "bf16"], "V100 SXM2 16GB has no bfloat16 peak"),
+        (["gpt9"], "no model goes by 'gpt9'"),
+        (["resnet50"], "no model goes by 'resnet50'"),
+        (["--shape", "layers"], "cannot read 'layers' of --shape: write it as layers=32"),
+        (["--shape", "layers=2"], "not the shape of a transformer"),
+        (["--params", "7e9", "--devices", "12", "--tp", "8"], "12 devices do not divide into replicas"),
+        (["--params", "7e9", "--json", "/nowhere/plan.json"], "does not exist"),
+    ],
+)
+def test_wrong_use_is_a_sentence_and_2(arguments: list[str], said: str) -> None:
+    result = run(*arguments)
+    assert result.exit_code == 2
+    assert said in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert result.stdout == ""
+
+
+def test_a_plan_needs_no_torch() -> None:
+    code = (
+        "import sys; from flopprof.cli.main import app; "
+        "app(['plan', 'llama-3.1-8b', '--tokens', '1e12', '--hardware', 'H100'], standalone_mode=False); "
+        "sys.exit('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
