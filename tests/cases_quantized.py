@@ -388,4 +388,10 @@ RECURRENT = [
     Case("aten::quantized_rnn_relu_cell", lambda: fbgemm_cell("rnn_relu", 1), 84, "2*2*3*(4 + 3)"),
 ]
 
-CASES = [*LINEAR, *CONVOLUTIONS, *RECURRENT]
+# What stands in for the kernels of packages that quantise.
+STANDING_IN = [
+    on_shapes("flopprof::quantised_linear", [(2, 4), (3, 4), torch.float32], 48, "2*2*3*4", out=(2, 3)),
+    on_shapes("flopprof::quantised_grouped", [(6, 4), (3, 4, 5), (3,), torch.float32], 240, "2*6*4*5", out=(6, 5)),
+]
+
+CASES = [*LINEAR, *CONVOLUTIONS, *RECURRENT, *STANDING_IN]

@@ -28,6 +28,7 @@ from flopprof.formulas.registry import LengthsUnknown, formula, product
     "quantized::linear_dynamic_fp16_unpacked_weight",
     "onednn::linear_dynamic_fp16",
     "onednn::linear_relu_dynamic_fp16",
+    "flopprof::quantised_linear",
 )
 def packed_linear(x: Tensor, weight: Tensor, *_: Any, out: Any, **__: Any) -> int:
     """(..., k) @ a packed (n, k)^T: 2 k for every element of the result."""

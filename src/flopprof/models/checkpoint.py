@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from torch import nn
 
+from flopprof.models.hf_quantised import Scheme, elements_stored
 from flopprof.models.safetensors_headers import BITS, Stored
 from flopprof.units import format_si
 
@@ -41,7 +41,7 @@ class Checkpoint:
         return f"{self.elements:,} elements, {format_si(self.n_bytes, 'B')} in {files}: {kinds}{how}"
 
 
-def compare(stored: Stored, model: nn.Module, facts: Mapping[str, Any]) -> Checkpoint:
+def compare(stored: Stored, model: nn.Module, scheme: Scheme | None) -> Checkpoint:
     """The checkpoint's facts, its elements counted against the model's."""
     shared: dict[int, list[str]] = {}
     sizes: dict[int, int] = {}
@@ -54,10 +54,14 @@ def compare(stored: Stored, model: nn.Module, facts: Mapping[str, Any]) -> Check
         sizes[key] * (max(1, sum(name in stored.tensors for name in names)) - 1) for key, names in shared.items()
     )
     copies = sum(sizes[key] * (len(names) - 1) for key, names in shared.items())
-    quantised = _quantisation(stored, facts)
-    excess = stored.elements - wanted
-    agrees = excess == doubled if doubled else excess in (0, copies)
     names = [name for group in shared.values() for name in group]
+    quantised = scheme.label if scheme is not None else _narrow(stored)
+    if scheme is not None:
+        elements = elements_stored(stored, scheme, set(names))
+    else:
+        elements = None if quantised else stored.elements
+    excess = 0 if elements is None else elements - wanted
+    agrees = excess == doubled if doubled else excess in (0, copies)
     return Checkpoint(
         by_dtype=stored.by_dtype(),
         elements=stored.elements,
@@ -65,14 +69,14 @@ def compare(stored: Stored, model: nn.Module, facts: Mapping[str, Any]) -> Check
         files=stored.files,
         model_elements=wanted,
         quantisation=quantised,
-        mismatch=None if agrees or quantised else _mismatch(stored, names, wanted),
+        mismatch=None if agrees or elements is None else _mismatch(stored, elements, names, wanted),
     )
 
 
-def _mismatch(stored: Stored, names: list[str], wanted: int) -> str:
-    difference = stored.elements - wanted
+def _mismatch(stored: Stored, elements: int, names: list[str], wanted: int) -> str:
+    difference = elements - wanted
     sentence = (
-        f"the checkpoint stores {stored.elements:,} elements and the model built from its config has {wanted:,}: "
+        f"the checkpoint stores {elements:,} elements and the model built from its config has {wanted:,}: "
         f"{abs(difference):,} {'more' if difference > 0 else 'fewer'} are stored"
     )
     known = set(names)
@@ -84,13 +88,8 @@ def _mismatch(stored: Stored, names: list[str], wanted: int) -> str:
     return sentence
 
 
-def _quantisation(stored: Stored, facts: Mapping[str, Any]) -> str | None:
-    """The config's method, else the narrow dtypes in which most is stored; None: stored as it is computed."""
-    found = facts.get("quantization_config")
-    if isinstance(found, Mapping):
-        bits = found.get("bits")
-        method = str(found.get("quant_method", "unnamed method"))[:40]
-        return f"{method}, {bits} bits" if isinstance(bits, int) and not isinstance(bits, bool) else method
+def _narrow(stored: Stored) -> str | None:
+    """The narrow dtypes in which most is stored; None: stored as it is computed."""
     narrow = [dtype for dtype, elements in stored.by_dtype().items() if BITS[dtype] <= 8 and dtype != "BOOL"]
     packed = sum(stored.by_dtype()[dtype] for dtype in narrow)
     return ", ".join(narrow) if 2 * packed > stored.elements else None

@@ -39,7 +39,7 @@ _FREE = re.compile(r"(_id|_ids|_index|_idx|_indices|feature_layer|vision_layer|s
 _DROPPED = frozenset(
     {"_attn_implementation", "attn_implementation", "_attn_implementation_internal", "_attn_implementation_autoset",
      "_experts_implementation", "experts_implementation", "use_kernels", "_name_or_path", "use_flash_attn",
-     "transformers_version"}
+     "transformers_version", "quantization_config"}
 )  # fmt: skip
 _DTYPES = {"float32", "float16", "bfloat16", "float64"}
 

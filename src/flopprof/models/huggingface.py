@@ -12,13 +12,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from flopprof.counting.values import carried, needs_values
+from flopprof.counting.values import holds_numbers, needs_values, remembering
 from flopprof.errors import FlopprofError, InvalidCheckpoint, ModelFailed, UsageError
 from flopprof.models import hf_flash, hf_hub
 from flopprof.models.checkpoint import compare
 from flopprof.models.hf_config import CONFIG, Architecture, architecture, load_transformers, read_config, reason
 from flopprof.models.hf_inputs import make_inputs
 from flopprof.models.hf_maker import Inputs
+from flopprof.models.hf_quantised import quantise, scheme_of
 from flopprof.models.inputs import samples_in, tokens_in
 from flopprof.models.request import Request, undisturbed_random_state
 from flopprof.models.safetensors_headers import Stored, read_directory
@@ -73,7 +74,11 @@ def _on(
 ) -> Workload:
     with _alone(trusted=request.trust_remote_code):
         model = _built(found, target, device, request)
-        notes = []
+        notes, quantised = [], None
+        scheme = scheme_of(facts, f"{target}/{CONFIG}")
+        if scheme is not None:
+            quantised = quantise(model, scheme, stored)
+            notes.append(f"{scheme.label}: {scheme.note}" if scheme.note else scheme.label)
         if request.attn == "flash":
             hf_flash.require_half(_dtype(model), target)
             if not hf_flash.installed():
@@ -90,7 +95,7 @@ def _on(
                 if device != "meta" or request.device or not needs_values(error) or _bytes(model) > _MOST_REAL_BYTES:
                     raise
                 return _on("cpu", target, found, stored, facts, request)
-    checkpoint = None if stored is None else compare(stored, model, facts)
+    checkpoint = None if stored is None else compare(stored, model, scheme)
     return Workload(
         model=model,
         args=args,
@@ -101,6 +106,7 @@ def _on(
         samples=inputs.samples,
         assumptions=(*found.assumptions, *inputs.assumptions, *notes),
         checkpoint=checkpoint,
+        quantised=quantised,
         on_cpu=partial(_on, "cpu", target, found, stored, facts, request)
         if request.device is None and device == "meta" and _bytes(model) <= _MOST_REAL_BYTES
         else None,
@@ -152,13 +158,11 @@ def _on_meta(make: Any) -> Any:
             return make()
 
     try:
-        if bare is None:
-            return build()
-        with bare():
-            return build()
+        with nullcontext() if bare is None else bare():
+            model = build()
+            return remembering(build) if holds_numbers(model) else model
     except Exception:  # a constructor that reads values, of torch.linspace(...) or the like
-        with carried(lambda _: None):
-            return build()
+        return remembering(build)
 
 
 def _own_code(folder: Path, facts: Mapping[str, Any], target: str) -> Architecture:

@@ -16,6 +16,7 @@ from flopprof.counting.count import count as count_model
 from flopprof.counting.values import needs_values
 from flopprof.errors import FlopprofError, ModelFailed, UsageError, ValuesUnknown
 from flopprof.models.checkpoint import Checkpoint
+from flopprof.models.hf_quantised import Quantised
 from flopprof.models.inputs import describe_inputs, first_line
 from flopprof.profile import Attention, Profile
 
@@ -35,7 +36,7 @@ class Workload:
     input where nothing else tells.
 
     assumptions: what was fixed about work that depends on the weights' values; they are added to the profile's.
-    checkpoint: what the files of a checkpoint store, where its headers were read.
+    checkpoint: what the files of a checkpoint store, where its headers were read. quantised: how its weights are.
     program: the exported program that the model is made of, where it is one: then its graph is what is counted.
     routing: tokens for each expert, by patterns of modules, which routers are told on meta.
     `on_cpu` rebuilds the same workload with real values; it is set where flopprof itself chose the meta device.
@@ -50,6 +51,7 @@ class Workload:
     samples: int | None = None
     assumptions: tuple[str, ...] = ()
     checkpoint: Checkpoint | None = None
+    quantised: Quantised | None = None
     program: torch.export.ExportedProgram | None = field(default=None, repr=False, compare=False)
     routing: Mapping[str, tuple[int, ...]] | None = None
     on_cpu: Callable[[], Workload] | None = field(default=None, repr=False, compare=False)
@@ -61,10 +63,11 @@ class Workload:
 
     def stored(self) -> dict[str, str]:
         """Labelled facts of the checkpoint's files: what they store, and a sentence where the model differs."""
+        facts = {} if self.quantised is None else {"quantised": self.quantised.describe()}
         if self.checkpoint is None:
-            return {}
+            return facts
         mismatch = self.checkpoint.mismatch
-        return {"checkpoint": self.checkpoint.describe(), **({"mismatch": mismatch} if mismatch else {})}
+        return {"checkpoint": self.checkpoint.describe(), **facts, **({"mismatch": mismatch} if mismatch else {})}
 
     def count(
         self,
