@@ -9,7 +9,7 @@ import msgspec
 Peak = Callable[[str], float | None]
 
 
-class StepRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+class StepRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, gc=False):
     """One step of a loop.
 
     step            its number in the whole run, restarts included

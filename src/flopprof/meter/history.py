@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -18,6 +18,8 @@ from flopprof.meter.tracking import Done
 from flopprof.meter.work import Work
 from flopprof.meter.world import path_of_rank, place_of_process
 from flopprof.profile import Attention
+
+_MOST_KINDS = 1 << 14
 
 Clock = Callable[[], float]
 
@@ -52,6 +54,8 @@ class History:
         self._written: set[str] = set()
         self._signatures: dict[tuple[Done, ...], int] = {}
         self._unknown: dict[int, tuple[Done, ...]] = {}  # steps without a count so far, by their place in records
+        self._kinds: dict[tuple[Done, ...], _Kind] = {}
+        self._corrections = 0
         self._uncounted: dict[str, int] = {}
         self._rows: dict[str, float] = {}
         self._energy = _Energy(device)
@@ -83,58 +87,80 @@ class History:
         if times is None:
             return False
         whole, evaluation, paused = times
-        failed = "failed" in step.left_out
-        work = None if failed or step.unseen else self._recorder.work(step.segments)
-        if failed:
-            number = -1
-        elif "interrupted" in step.left_out:
-            number = self._signatures.get(step.segments, -1)
-        else:
-            number = self._signatures.setdefault(step.segments, len(self._signatures))
-        if work is None and not failed and not step.unseen:
-            self._unknown[len(self.records)] = step.segments
+        if paused or evaluation:
+            whole = max(whole - evaluation - sum(paused.values()), 0.0)
+        kind = self._kinds.get(step.segments)
+        if kind is None or step.left_out or step.unseen or self._corrections != self._recorder.tracker.corrections:
+            kind = self._kind(step)
         tokens, samples = step.tokens, step.samples
         if not tokens and not samples:
             tokens, samples = step.other_tokens, step.other_samples
-        effective = self._recorder.effective_tokens(step)
         record = StepRecord(
             step=step.number,
             ended_at=self._epoch + step.host_end,
-            step_time_s=max(whole - evaluation - sum(paused.values()), 0.0),
-            signature=number,
+            step_time_s=whole,
+            signature=kind.number,
+            flops=kind.flops,
+            bytes_moved=kind.bytes_moved,
+            uncounted=kind.calls,
             tokens=sizes[0] if isinstance(sizes[0], int) else tokens,
-            effective_tokens=effective if sizes[0] is None else None,
+            effective_tokens=self._recorder.effective_tokens(step) if sizes[0] is None and step.unpadded else None,
             samples=sizes[1] if isinstance(sizes[1], int) else samples,
             calls=step.calls,
             optimizer_steps=step.optimizer_steps,
             data_wait_s=step.data_wait_s + paused.pop("data_wait", 0.0),
             evaluation_s=evaluation,
             paused_s=paused,
-            left_out=tuple(dict.fromkeys(step.left_out)),
+            left_out=tuple(dict.fromkeys(step.left_out)) if step.left_out else (),
         )
-        self.records.append(record if work is None else self._counted(record, work))
+        self.records.append(record)
+        if kind.uncounted:
+            self._note_uncounted(kind.uncounted)
         if self._path is not None:
-            self._write(self.records[-1])
+            self._write(record)
         if self._energy.starts and not record.left_out:
             self._energy.start()
         return True
 
-    def _counted(self, record: StepRecord, work: Work) -> StepRecord:
-        for op, calls in work.uncounted.items():
+    def _kind(self, step: OpenStep) -> _Kind:
+        """What steps like this have in common."""
+        if self._corrections != self._recorder.tracker.corrections:
+            self._corrections = self._recorder.tracker.corrections
+            self._kinds.clear()
+        if "failed" in step.left_out:
+            return _Kind(-1)
+        segments = step.segments
+        if "interrupted" in step.left_out:
+            number = self._signatures.get(segments, -1)
+        else:
+            number = self._signatures.setdefault(segments, len(self._signatures))
+        if step.unseen:
+            return _Kind(number)
+        work = self._recorder.work(segments)
+        if work is None:
+            self._unknown[len(self.records)] = segments
+            return _Kind(number)
+        made = _Kind(number, *_told(work))
+        if number >= 0:
+            if len(self._kinds) > _MOST_KINDS:
+                self._kinds.clear()
+            self._kinds[segments] = made
+        return made
+
+    def _note_uncounted(self, uncounted: Mapping[str, int]) -> None:
+        for op, calls in uncounted.items():
             self._uncounted[op] = self._uncounted.get(op, 0) + calls
-        return msgspec.structs.replace(
-            record,
-            flops={rate: (row[0] + row[1], sum(row)) for rate, row in work.flops.items()},
-            bytes_moved=work.bytes_moved,
-            uncounted=sum(work.uncounted.values()),
-        )
 
     def _fill(self) -> None:
         """Count steps that were not, by another one of the same signature that was since."""
         for place, segments in list(self._unknown.items()):
             work = self._recorder.work(segments)
             if work is not None:
-                self.records[place] = self._counted(self.records[place], work)
+                flops, moved, calls, uncounted = _told(work)
+                self._note_uncounted(uncounted)
+                self.records[place] = msgspec.structs.replace(
+                    self.records[place], flops=flops, bytes_moved=moved, uncounted=calls
+                )
                 del self._unknown[place]
 
     def _write(self, record: StepRecord) -> None:
@@ -266,6 +292,22 @@ class History:
         self._fill()
         if self._writer is not None:
             self._writer.close()
+
+
+class _Kind(NamedTuple):
+    """What the steps of one signature have in common. number: of the signature."""
+
+    number: int
+    flops: dict[str, tuple[int, int]] | None = None
+    bytes_moved: int = 0
+    calls: int = 0
+    uncounted: dict[str, int] | None = None
+
+
+def _told(work: Work) -> tuple[dict[str, tuple[int, int]], int, int, dict[str, int]]:
+    """(FLOPs by rate, bytes, calls without a count, those by operator) of a step's work."""
+    flops = {rate: (row[0] + row[1], sum(row)) for rate, row in work.flops.items()}
+    return flops, work.bytes_moved, sum(work.uncounted.values()), work.uncounted
 
 
 class _Energy:

@@ -30,9 +30,6 @@ T = TypeVar("T")
 P = ParamSpec("P")
 R = TypeVar("R")
 
-# Records are made of so many steps at once.
-_TOGETHER = 64
-
 
 class Meter:
     """MFU, HFU and throughput of a training loop, at the cost of a dictionary look-up per step.
@@ -194,7 +191,7 @@ class Meter:
         self._late.append(step)
         if self.log is not None and self._begun % self.log_every == 0:
             self.log(self.metrics())
-        elif len(self._late) >= _TOGETHER or self._history.writes:
+        else:
             self._settle()
 
     def _whole(self, step: OpenStep) -> bool:

@@ -20,11 +20,14 @@ _grad_enabled = torch.is_grad_enabled
 _autocast = torch.is_autocast_enabled
 _autocast_dtype = torch.get_autocast_dtype
 # The list of a model's parameters is made anew after so many of its calls.
-_REFRESH = 64
+_REFRESH = 256
 _OUTSIDE = (
     "a model is called inside a compiled function, where its inputs are not seen: use meter.track(loader), "
     "meter.step(batch) or meter.wrap(step), whose arguments then tell steps apart."
 )
+
+
+NO_PAUSES: dict[str, float] = {}
 
 
 class OpenStep:
@@ -106,8 +109,6 @@ class Recorder:
         self._between_s = 0.0
         self._closures = False
         self._unpadded = Unpadded()
-        self._works: dict[tuple[Done, ...], Work] = {}
-        self._corrected = 0
         for model in models:
             self.add(model)
 
@@ -138,11 +139,11 @@ class Recorder:
             self._outside = None
         step.compilations = instruments.compilations
         step.start = self.timer.mark()
-        if self.opaque:
+        if not self.opaque:
+            self.tracker.begin(recount=recount)
+        else:
             step.unseen = step.batch is None
             self.tracker.begin(*arguments((step.batch,), {}), recount=recount)
-        else:
-            self.tracker.begin((), (), recount=recount)
         if self.tracker.counter is not None:
             step.left_out = ("counted",)
 
@@ -268,7 +269,7 @@ class Recorder:
 
     def differentiated(self, structure: tuple[Any, ...]) -> None:
         """A backward pass starts."""
-        if self._span is None:
+        if self._span is None and self.tracker.known(structure) is None:
             self._noted(self.tracker.backward(structure))
 
     def stepped(self, optimizer: torch.optim.Optimizer, *, closure: bool, over: bool) -> None:
@@ -283,7 +284,9 @@ class Recorder:
         self._closures |= closure
         roots = self._roots
         wanted = roots[0].number if len(roots) == 1 else tuple([root.number for root in roots])
-        self._noted(self.tracker.optimizer(("optimizer", type(optimizer).__name__, wanted), closure=closure))
+        event = "optimizer", type(optimizer).__name__, wanted
+        if closure or self.tracker.known(event) is None:
+            self._noted(self.tracker.optimizer(event, closure=closure))
 
     def _noted(self, opened: bool) -> None:
         if opened and self._step is not None:
@@ -295,6 +298,8 @@ class Recorder:
         whole = self.timer.seconds(step.start, step.end, wait=wait)
         if whole is None:
             return None
+        if not step.spans:
+            return whole, 0.0, NO_PAUSES
         evaluation = 0.0
         paused: dict[str, float] = {}
         for name, start, end in step.spans:
@@ -314,19 +319,8 @@ class Recorder:
 
     def work(self, segments: tuple[Done, ...]) -> Work | None:
         """What a step of these segments multiplied; None where one of them is not counted."""
-        if self._corrected != self.tracker.corrections:
-            self._corrected = self.tracker.corrections
-            self._works.clear()
-        known = self._works.get(segments)
-        if known is None:
-            parts = [done.place.end(done.ints).work if done.work is None else done.work for done in segments]
-            if any(part is None for part in parts):
-                return None
-            known = total(part for part in parts if part is not None)
-            if len(self._works) > 1 << 14:
-                self._works.clear()
-            self._works[segments] = known
-        return known
+        parts = [done.place.end(done.ints).work if done.work is None else done.work for done in segments]
+        return None if any(part is None for part in parts) else total(part for part in parts if part is not None)
 
     def effective_tokens(self, step: OpenStep) -> int | None:
         """Tokens without padding; None where no mask was seen."""

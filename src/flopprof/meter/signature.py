@@ -16,7 +16,7 @@ import torch
 Structure = tuple[Any, ...]  # nested tuples of hashable things
 _Tensor, _Parameter = torch.Tensor, torch.nn.Parameter
 _PLAIN = (bool, type(None), torch.dtype, torch.device, torch.memory_format)
-_QUICK = (bool, type(None), int, str, torch.dtype)
+_QUICK = frozenset({bool, type(None), int, str, torch.dtype})
 _BOUNDARIES = ("cu_seq", "cu_len")
 _WITH_VALUES = ("position_ids",)
 _DEEPEST = 8
@@ -52,23 +52,31 @@ def quick(
     wanted: 0 without grad mode. This runs at every call of a model: it makes one flat tuple.
     """
     parts: list[Any] = [index, training, wanted, cast, weight]
+    add = parts.append
     try:
         for value in args:
             kind = type(value)
             if kind is _Tensor:
-                parts += (value.shape, value.dtype, value.requires_grad)
+                add(value.shape)
+                add(value.dtype)
+                add(value.requires_grad)
             elif kind in _QUICK:
-                parts += (kind, value)
+                add(kind)
+                add(value)
             else:
                 return None
         for name, value in kwargs.items():
+            add(name)
             kind = type(value)
             if kind is _Tensor:
                 if name in _WITH_VALUES or name.startswith(_BOUNDARIES):
                     return None
-                parts += (name, value.shape, value.dtype, value.requires_grad)
+                add(value.shape)
+                add(value.dtype)
+                add(value.requires_grad)
             elif kind in _QUICK:
-                parts += (name, kind, value)
+                add(kind)
+                add(value)
             else:
                 return None
     except RuntimeError:  # a nested tensor has no shape

@@ -75,12 +75,13 @@ class Segment:
     work that autograd does not record. edges: event -> (this segment's end, the next, what is kept with the event).
     """
 
-    __slots__ = ("edges", "graph", "start")
+    __slots__ = ("edges", "ends", "graph", "start")
 
     def __init__(self, start: Start, graph: Segment | None) -> None:
         self.start = start
         self.graph = graph
         self.edges: dict[Any, tuple[Done, Segment, Any]] = {}
+        self.ends: dict[int, Done] = {}
 
 
 class Place:
@@ -194,6 +195,7 @@ class Tracker:
         self.corrections = 0  # counts that showed an earlier count or form of the same segment to be wrong
         self._matched = False  # a segment made as many nodes uncounted as when it was counted
         self._segment: Segment | None = None
+        self._first: Segment | None = None  # of a step that nothing is told of
         self._last: Segment | None = None  # the graph that was under way where a segment was cut short
         self._trail: list[Done] = []
         self._made = 0
@@ -202,18 +204,26 @@ class Tracker:
         self._start, self._calls, self._alone = _roots()
 
     # --- events ------------------------------------------------------------------------------------------------------
-    def begin(self, structure: Structure, ints: Ints, *, recount: bool) -> None:
-        """A step begins."""
+    def begin(self, structure: Structure = (), ints: Ints = (), *, recount: bool = False) -> None:
+        """A step begins; structure and ints of what it is given, where that tells steps apart."""
         self._trail = []
         self._closure = False
         self._modes = _modes()
-        self._segment = self._last = None
+        self._last = None
+        first = self._first
+        if first is not None and first.start.known and not (structure or recount or self.from_start):
+            self._segment = first
+            self._made = _nodes_made()
+            return
+        self._segment = None
         if recount or self.from_start:
             self.from_start = False
             if self._models.compiled():
                 self.blind = True
             self._open()
-        self._enter(self._start.child(structure).start(ints), None)
+        segment = self._enter(self._start.child(structure).start(ints), None)
+        if not structure:
+            self._first = segment
 
     def known(self, event: Any) -> Any:
         """What the caller keeps with an event that is known to follow here; None where it must be described."""
@@ -241,8 +251,6 @@ class Tracker:
 
     def backward(self, event: Structure) -> bool:
         """A backward pass starts, over the calls since the graph before was done with. Is it counted from here on?"""
-        if self.known(event) is not None:
-            return False
         graph, before = self._graph(), self.counter
         place, ints = (self._calls, ()) if graph is None else (graph.start.place, graph.start.ints)
         self._follow(event, place.child(event), ints, True)
@@ -251,8 +259,7 @@ class Tracker:
     def optimizer(self, event: Structure, *, closure: bool) -> bool:
         """An optimizer steps. What it does between calls of its closure depends on its state, and is left out."""
         before = self.counter
-        if self.known(event) is None:
-            self._follow(event, self._alone.child(event), (), True)
+        self._follow(event, self._alone.child(event), (), True)
         self._closure = closure
         return before is None and self.counter is not None
 
@@ -271,6 +278,13 @@ class Tracker:
 
     def finish(self) -> tuple[Done, ...]:
         """The step is over: its segments. Their work is known then, but where one must be counted again."""
+        segment = self._segment
+        if self.counter is None and segment is not None:
+            done = segment.ends.get(0 if self.blind else _nodes_made() - self._made)
+            if done is not None and done.work is not None:
+                self._segment = None
+                self._trail.append(done)
+                return tuple(self._trail)
         self._settle()
         if self.counter is not None:
             self._leave()
@@ -288,6 +302,7 @@ class Tracker:
         if not self.blind:
             self.blind = True
             self._start, self._calls, self._alone = _roots()
+            self._first = None
             self.from_start = True
 
     # --- resuming ----------------------------------------------------------------------------------------------------
@@ -335,6 +350,7 @@ class Tracker:
                 place.note(tuple(ints), msgspec.convert(work, Work))
             places.append(place)
         self._start, self._calls, self._alone = roots
+        self._first = None
         self.from_start = len(places) <= 3
 
     # --- segments ----------------------------------------------------------------------------------------------------
@@ -381,6 +397,8 @@ class Tracker:
         start = segment.start
         ints = (*start.ints, made)
         done = start.place.end(ints)
+        if len(segment.ends) < _MOST_EDGES:
+            segment.ends[made] = done
         self._trail.append(done)
         if tally is not None and counter is not None:
             work = work_of(tally.profile(counter._names.frames, counter.model, self._attention))
