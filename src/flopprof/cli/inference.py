@@ -116,7 +116,8 @@ class Generation:
             if source is not None and source.name == "COMMANDLINE":
                 raise UsageError(f"{option} and --mode {self.mode} do not go together: leave one of them out.")
         with progress(f"Counting {wanted.target}"):
-            from flopprof.inference.run import check_sizes, inference
+            from flopprof.inference.run import inference
+            from flopprof.inference.sizes import check_sizes
 
             check_sizes(
                 self.mode,

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from flopprof.models.hf_decode import Generator, Step
+from flopprof.models.hf_decode import Generator
 from flopprof.models.hf_reads import Weights, plain
+from flopprof.models.hf_steps import Step
 
 _RUN_ALL = 10  # so few are run one after the other
 _IN_A_ROW = 4

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
 from typing import Any
@@ -15,12 +14,14 @@ from flopprof.counting.values import needs_values
 from flopprof.errors import ModelFailed, UsageError
 from flopprof.inference.bounds import Rates, bounded
 from flopprof.inference.generation import Walk, amounts
-from flopprof.inference.result import MODES, Cache, CachePart, Inference, Mode, Steps
+from flopprof.inference.result import Cache, CachePart, Inference, Mode, Steps
+from flopprof.inference.sizes import Sizes, check_sizes
 from flopprof.inference.traffic import Routed, Traffic
 from flopprof.models import hf_reads, load
 from flopprof.models.hf_cache import KINDS, Kept
-from flopprof.models.hf_decode import Generator, Step, generator
+from flopprof.models.hf_decode import Generator, generator
 from flopprof.models.hf_reads import Weights, plain, weights
+from flopprof.models.hf_steps import Step
 from flopprof.models.request import Request
 from flopprof.models.workload import Workload
 from flopprof.profile import Attention
@@ -112,40 +113,10 @@ def inference(
         return run(workload.on_cpu())
 
 
-@dataclass(frozen=True)
-class _Sizes:
-    mode: Mode
-    context: int | None
-    prompt: int | None
-    new: int | None
-    batch: int
-
-
-def check_sizes(
-    mode: Mode, *, context: int | None, prompt: int | None, new: int | None, batch: int, seq: int | None
-) -> _Sizes:
-    """The sizes of a call. Raises UsageError where they contradict each other or the mode, whatever the model is."""
-    if mode not in MODES:
-        raise UsageError(f"mode {mode!r} is none of {', '.join(MODES)}.")
-    if prompt is not None and seq is not None:
-        raise UsageError("--prompt and --seq both give the prompt's tokens: leave one of them out.")
-    prompt = seq if prompt is None else prompt
-    for option, size in {"--context": context, "--prompt": prompt, "--new": new, "--batch": batch}.items():
-        if size is not None and size < 1:
-            raise UsageError(f"{option} is {size}: give a whole number of at least 1.")
-    if context is not None and mode != "decode":
-        raise UsageError(f"--context is for --mode decode; --mode {mode} takes --prompt.")
-    if new is not None and mode != "generate":
-        raise UsageError(f"--new is for --mode generate, not for --mode {mode}.")
-    if new is None and mode == "generate":
-        raise UsageError("--mode generate needs --new M: how many tokens are to be made.")
-    return _Sizes(mode, context, prompt, new, batch)
-
-
 class _Run:
     """One call of inference() on one device."""
 
-    def __init__(self, made: Generator, sizes: _Sizes, rates: Rates | None, fold: bool | None) -> None:
+    def __init__(self, made: Generator, sizes: Sizes, rates: Rates | None, fold: bool | None) -> None:
         self.made, self.sizes, self.rates, self.fold = made, sizes, rates, fold
         self.batch = sizes.batch
         self._check()
@@ -380,6 +351,12 @@ class _Run:
             notes["experts are taken to be chosen evenly, independently for each token: weights read are expected"] = (
                 None
             )
+        own = [name.rpartition(".")[2] for name in self.one.layers if not name.startswith("transformers.cache_utils.")]
+        if own:
+            kinds = ", ".join(own) if any(own) else self.one.cache
+            notes[
+                f"the cache is of the model's own kind ({kinds}): what a token adds is what the next one adds here"
+            ] = None
         if not self.linear:
             notes["FLOPs are not proportional to the batch: no batch is told from which on they take longer"] = None
         return list(notes)

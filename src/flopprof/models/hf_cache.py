@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -26,6 +26,7 @@ KINDS: tuple[Kind, ...] = (
 # Under these names a model's output holds what its next call is to be given.
 CACHES = ("past_key_values", "cache_params", "state", "mems")
 _DEEPEST = 8
+_MODULE = "module"
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class Held:
     owner: int
     window: int | None = None
     identity: tuple[int, int] = (0, 0)
+    tensor: Any = field(default=None, repr=False, compare=False)  # alive, so that its identity stays its own
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,7 @@ def _held(value: Any, path: tuple[str, ...], window: int | None, seen: set[int])
                 owner=storage._cdata,
                 window=window,
                 identity=(id(value), value._version),
+                tensor=value,
             )
         return
     if len(path) > _DEEPEST or isinstance(value, str | int | float | type | torch.nn.Module) or value is None:
@@ -112,6 +115,16 @@ def _held(value: Any, path: tuple[str, ...], window: int | None, seen: set[int])
             yield from _held(item, (*path, str(name)), window, seen)
 
 
+def held_by_modules(model: torch.nn.Module, before: Mapping[tuple[str, ...], int]) -> Iterator[Held]:
+    """Floating tensors that modules hold as plain attributes, as some keep their states; none that was there before."""
+    for name, module in model.named_modules():
+        for attribute, value in vars(module).items():
+            if isinstance(value, torch.Tensor) and value.is_floating_point():
+                for item in _held(value, (_MODULE, name, attribute), None, set()):
+                    if before.get(item.path) != item.identity[0]:
+                        yield item
+
+
 def layers_of(cache: Any) -> tuple[str, ...]:
     """Qualified names of the classes of a cache's layers, each once; `""` for a cache that is not made of layers."""
     inner = [getattr(cache, f"{part}_attention_cache", None) for part in ("self", "cross")]
@@ -130,7 +143,16 @@ def allocated(cache: Any) -> int:
 def changed(before: list[Held], after: list[Held], latent: frozenset[int]) -> tuple[Kept, ...]:
     """What one step did to each tensor that it found; latent: widths that a compressed entry of a token can have."""
     later = {item.path: item for item in after}
-    return tuple(_changed(item, later.get(item.path), latent) for item in before)
+    return tuple(
+        _changed(item, later.get(item.path), latent)
+        for item in before
+        if item.path[0] != _MODULE or _is_state(item, later.get(item.path))
+    )
+
+
+def _is_state(item: Held, later: Held | None) -> bool:
+    """Is what a module holds a state: another after the step, of the same shape? Else it is what a call left behind."""
+    return later is not None and later.shape == item.shape and later.identity != item.identity
 
 
 def _changed(item: Held, later: Held | None, latent: frozenset[int]) -> Kept:

@@ -93,7 +93,7 @@ class Reads(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        if not _is_view(func):
+        if not _is_view(func) and not _is_empty(out):
             self._note(func, args, kwargs or {}, out)
         return out
 
@@ -199,6 +199,11 @@ def _elements(tensor: torch.Tensor) -> int:
     for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
         count *= size if stride else 1
     return count
+
+
+def _is_empty(out: Any) -> bool:
+    """Is there no element in the result? An expert that no token takes is multiplied by nothing, and is not read."""
+    return isinstance(out, torch.Tensor) and not out.numel()
 
 
 def _is_view(func: Any) -> bool:
