@@ -281,11 +281,14 @@ class FakeHub:
     def __init__(self, folder: Path) -> None:
         self.folder, self.calls = folder, list[tuple[str, Any]]()
 
-    def model_info(self, name: str, *, revision: str | None, timeout: float) -> Any:
+    def model_info(self, name: str, *, revision: str | None, timeout: float, files_metadata: bool) -> Any:
+        assert files_metadata
         self.calls.append(("info", revision))
-        return SimpleNamespace(
-            sha="c0ffee", siblings=[SimpleNamespace(rfilename=f.name) for f in self.folder.iterdir()]
-        )
+        files = [SimpleNamespace(rfilename=f.name, size=self.size(f)) for f in self.folder.iterdir()]
+        return SimpleNamespace(sha="c0ffee", siblings=files)
+
+    def size(self, file: Path) -> int | None:
+        return file.stat().st_size
 
     def hf_hub_download(self, name: str, file: str, *, revision: str | None) -> str:
         self.calls.append((file, revision))
@@ -294,12 +297,15 @@ class FakeHub:
         (alone / file).write_bytes((self.folder / file).read_bytes())
         return str(alone / file)
 
-    def parse_safetensors_file_metadata(self, name: str, file: str, *, revision: str | None) -> Any:
-        self.calls.append(("header of " + file, revision))
-        raw = (self.folder / file).read_bytes()
-        header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
-        header.pop("__metadata__", None)
-        return SimpleNamespace(tensors={name: SimpleNamespace(**facts) for name, facts in header.items()})
+    status = 206
+
+    def get(self, address: str, *, headers: dict[str, str], timeout: float) -> Any:
+        """What an HTTP session answers to a range request."""
+        _, revision, file = address.rsplit("/", 2)
+        start, end = map(int, headers["range"].removeprefix("bytes=").split("-"))
+        content = (self.folder / file).read_bytes()[start : end + 1]
+        self.calls.append((f"{len(content)} bytes of {file}", revision))
+        return SimpleNamespace(content=content, status_code=self.status)
 
 
 @pytest.fixture
@@ -311,6 +317,8 @@ def online(tmp_path: Path, monkeypatch: Any) -> FakeHub:
     monkeypatch.setattr(hub, "hf_hub_download", fake.hf_hub_download)
     monkeypatch.setattr(hub, "try_to_load_from_cache", lambda *_, **__: None)
     monkeypatch.setattr(hub, "HfApi", lambda: fake)
+    monkeypatch.setattr(hub.utils, "get_session", lambda: fake)
+    monkeypatch.setattr(hub.utils, "hf_raise_for_status", lambda _: None)
     return fake
 
 
@@ -320,10 +328,94 @@ def test_from_the_hub_come_the_config_and_headers_only(online: FakeHub) -> None:
     assert workload.name == "hf:some/llama@v2"
     assert workload.checkpoint is not None
     assert workload.checkpoint.mismatch is None
-    fetched = {what for what, _ in online.calls}
-    shards = {f"header of {file.name}" for file in online.folder.glob("*.safetensors")}
-    assert fetched == {"info", "config.json", "model.safetensors.index.json", *shards}
-    assert {revision for what, revision in online.calls if what != "info"} <= {"c0ffee", "v2"}
+    fetched = [what for what, _ in online.calls]
+    # These files are shorter than what is first asked for: no weight of a longer one would be.
+    shards = [f"{file.stat().st_size} bytes of {file.name}" for file in online.folder.glob("*.safetensors")]
+    assert sorted(fetched) == sorted(["info", "config.json", "model.safetensors.index.json", *shards])
+    assert {revision for what, revision in online.calls} == {"c0ffee", "v2"}
+    assert online.calls[0] == ("info", "v2")
+
+
+def test_long_headers_are_asked_for_in_two_pieces(online: FakeHub) -> None:
+    from safetensors.torch import load_file, save_file
+
+    for file in online.folder.glob("model*"):
+        state = load_file(file) if file.suffix == ".safetensors" else {}
+        file.unlink()
+        if "model.embed_tokens.weight" in state:
+            kept = state
+    save_file({"w": kept["model.embed_tokens.weight"]}, online.folder / "model.safetensors", {"note": "x" * 300_000})
+    header = int.from_bytes((online.folder / "model.safetensors").read_bytes()[:8], "little")
+    stored = load("hf:some/llama", seq=SEQ).checkpoint
+    assert stored is not None
+    assert stored.elements == VOCAB * D
+    asked = [what for what, _ in online.calls if "bytes of" in what]
+    assert asked == ["100000 bytes of model.safetensors", f"{header + 8 - 100_000} bytes of model.safetensors"]
+
+
+def lie(file: Path, how: str) -> None:
+    raw = file.read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8 : 8 + length])
+    name = next(name for name in header if name != "__metadata__")
+    if how == "shape":
+        header[name]["shape"] = [-1, -1]
+    if how == "offsets":
+        header[name]["data_offsets"] = [0, 2**60]
+        header[name]["shape"] = [2**58]
+    text = json.dumps(header).encode()
+    file.write_bytes((2**62 if how == "length" else len(text)).to_bytes(8, "little") + text + raw[8 + length :])
+
+
+@pytest.mark.parametrize(
+    ("how", "reason"),
+    [
+        ("length", "is cut short"),
+        ("shape", "not what safetensors writes"),
+        ("offsets", "overlap, or bytes of no tensor"),
+    ],
+)
+def test_headers_on_the_hub_that_lie_are_refused(online: FakeHub, how: str, reason: str) -> None:
+    lie(next(online.folder.glob("*.safetensors")), how)
+    start = time.perf_counter()
+    with pytest.raises(InvalidCheckpoint, match=reason):
+        load("hf:some/llama")
+    assert time.perf_counter() - start < 1
+
+
+@pytest.mark.parametrize(("more", "reason"), [(-1, "describes .* bytes of tensors, and holds"), (1, "and holds")])
+def test_headers_are_checked_against_the_size_that_the_hub_gives(
+    online: FakeHub, more: int, reason: str, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(online, "size", lambda file: file.stat().st_size + more * (file.suffix == ".safetensors"))
+    with pytest.raises(InvalidCheckpoint, match=reason):
+        load("hf:some/llama")
+
+
+def test_a_hub_that_gives_no_sizes_is_believed(online: FakeHub, monkeypatch: Any) -> None:
+    monkeypatch.setattr(online, "size", lambda file: None)
+    found = load("hf:some/llama", seq=SEQ).checkpoint
+    assert found is not None
+    assert found.mismatch is None
+
+
+def test_large_files_are_not_fetched(online: FakeHub, monkeypatch: Any) -> None:
+    monkeypatch.setattr(online, "size", lambda file: 10**12)
+    with pytest.raises(InvalidCheckpoint, match=r"config\.json has 1,000,000,000,000 bytes; more than 10,000,000"):
+        load("hf:some/llama")
+    assert [what for what, _ in online.calls] == ["info"]
+
+
+def test_a_server_that_gives_whole_files_is_not_asked_for_weights(online: FakeHub) -> None:
+    online.status = 200
+    with pytest.raises(HubUnreachable, match="whole files alone"):
+        load("hf:some/llama")
+
+
+def test_a_shard_that_the_repository_lacks_is_said(online: FakeHub) -> None:
+    next(online.folder.glob("*.safetensors")).unlink()
+    with pytest.raises(InvalidCheckpoint, match="and the repository has no such file"):
+        load("hf:some/llama")
 
 
 def raised(kind: str) -> Callable[..., Any]:

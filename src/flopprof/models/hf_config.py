@@ -21,7 +21,7 @@ from flopprof.models.inputs import first_line
 from flopprof.models.safetensors_headers import read_small, uncollected
 
 CONFIG = "config.json"
-_MOST_BYTES = 10_000_000  # labels of 21,000 classes take 1 MB
+MOST_BYTES = 10_000_000  # labels of 21,000 classes take 1 MB
 _MOST_ITEMS = 100_000
 _DEEPEST = 32
 
@@ -62,7 +62,7 @@ class Architecture:
 
 def read_config(file: Path) -> dict[str, Any]:
     """The facts of a config.json, all sizes within reason. Raises InvalidCheckpoint, naming the field."""
-    text = read_small(file, _MOST_BYTES)
+    text = read_small(file, MOST_BYTES)
     try:
         with uncollected():
             facts = json.loads(text)

@@ -6,6 +6,7 @@ import importlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +22,20 @@ from flopprof.errors import (
 from flopprof.models.inputs import first_line
 from flopprof.models.safetensors_headers import (
     INDEX,
+    LENGTH,
+    MOST_BYTES,
     SINGLE,
     Stored,
     StoredTensor,
-    check,
+    parse_header,
     read_index,
     read_remotely,
     read_small,
 )
 
 _PATIENCE_S = 10.0
+_FIRST = 100_000  # bytes: most headers are no longer
+_PARTIAL = 206
 
 
 @dataclass(frozen=True)
@@ -53,32 +58,45 @@ class Repository:
             raise UsageError(f"hf:{text} ends in @: write hf:{name}@REVISION, or leave it out.")
         return cls(name, revision or None)
 
-    def fetch(self, file: str) -> Path:
-        """A small file of the repository, from the hub; from the cache where the hub cannot be reached."""
+    def fetch(self, file: str, most: int = MOST_BYTES) -> Path:
+        """A small file of the repository, from the hub; from the cache where the hub cannot be reached.
+
+        Raises InvalidCheckpoint for one of more than `most` bytes, before it is fetched.
+        """
         hub = _hub()
         try:
             with self._explained(file):
-                commit = self._asked().sha
+                asked = self._asked
         except HubUnreachable:
             cached = hub.try_to_load_from_cache(self.name, file, revision=self.revision)
             if not isinstance(cached, str):
                 raise
             return Path(cached)
+        size = self._sizes.get(file)
+        if size is not None and size > most:
+            raise InvalidCheckpoint(f"{self.name}/{file} has {size:,} bytes; more than {most:,} are not read.")
         with self._explained(file):
-            return Path(hub.hf_hub_download(self.name, file, revision=commit))
+            return Path(hub.hf_hub_download(self.name, file, revision=asked.sha))
 
+    @cached_property
     def _asked(self) -> Any:
-        """The hub's description of the revision: its commit and its files. Asked once, without retries."""
+        """The hub's description of the revision: its commit, its files and their sizes. Asked once, without retries."""
         hub = _hub()
         if hub.constants.HF_HUB_OFFLINE:
             raise hub.errors.OfflineModeIsEnabled("offline mode is on")
-        return hub.HfApi().model_info(self.name, revision=self.revision, timeout=_PATIENCE_S)
+        return hub.HfApi().model_info(self.name, revision=self.revision, timeout=_PATIENCE_S, files_metadata=True)
+
+    @cached_property
+    def _sizes(self) -> Mapping[str, int | None]:
+        """Bytes of each file; None where the hub does not say."""
+        sizes = {file.rfilename: getattr(file, "size", None) for file in self._asked.siblings or ()}
+        return {name: size if type(size) is int and size >= 0 else None for name, size in sizes.items()}
 
     def headers(self) -> Stored | None:
         """What the safetensors files store, by range requests; None where there are none, or no way to ask."""
         try:
             with self._explained(SINGLE):
-                files = {file.rfilename for file in self._asked().siblings or ()}
+                files = self._sizes
         except HubUnreachable:
             return None
         if SINGLE in files:
@@ -88,16 +106,43 @@ class Repository:
         return read_remotely(read_index(read_small(self.fetch(INDEX)), INDEX), self._header, f"{self.name}/{INDEX}")
 
     def _header(self, file: str) -> Mapping[str, StoredTensor]:
+        """The tensors of one file, checked against its size as a local file's are."""
+        where, size = f"{self.name}/{file}", self._sizes.get(file)
+        if file not in self._sizes:
+            raise InvalidCheckpoint(f"{self.name}/{INDEX} names {file}, and the repository has no such file.")
         with self._explained(file):
-            found = _hub().HfApi().parse_safetensors_file_metadata(self.name, file, revision=self.revision).tensors
-        tensors: dict[str, StoredTensor] = {}
-        for name, tensor in found.items():
-            sizes, span = tuple(tensor.shape), tuple(tensor.data_offsets)
-            if len(span) != 2 or not all(type(size) is int and size >= 0 for size in (*sizes, *span)):
-                raise InvalidCheckpoint(f"{self.name}/{file} gives {name[:80]!r} sizes that are no sizes.")
-            tensors[name] = StoredTensor(str(tensor.dtype), sizes, (span[0], span[1]))
-        check(tensors, None, f"{self.name}/{file}")
-        return tensors
+            first = self._bytes(file, 0, _FIRST if size is None else min(_FIRST, size))
+            length = int.from_bytes(first[:LENGTH], "little")
+            if len(first) < LENGTH or (size is not None and length > size - LENGTH):
+                held = len(first) if size is None else size
+                raise InvalidCheckpoint(
+                    f"{where} is cut short: its header claims {length:,} bytes, and the file has {held:,}."
+                )
+            if length > MOST_BYTES:
+                raise InvalidCheckpoint(
+                    f"{where} has a header of {length:,} bytes; more than {MOST_BYTES:,} are not read."
+                )
+            raw = first[LENGTH : LENGTH + length]
+            raw += self._bytes(file, LENGTH + len(raw), length - len(raw))
+        if len(raw) != length:
+            raise InvalidCheckpoint(f"{where} is cut short: of a header of {length:,} bytes {len(raw):,} are there.")
+        return parse_header(raw, None if size is None else size - LENGTH - length, where)
+
+    def _bytes(self, file: str, start: int, count: int) -> bytes:
+        """So many bytes of a file from a place on, or as many as there are; no more are taken."""
+        if count < 1:
+            return b""
+        hub = _hub()
+        address = hub.hf_hub_url(self.name, file, revision=self._asked.sha)
+        asked = {**hub.utils.build_hf_headers(), "range": f"bytes={start}-{start + count - 1}"}
+        answer = hub.utils.get_session().get(address, headers=asked, timeout=_PATIENCE_S)
+        hub.utils.hf_raise_for_status(answer)
+        if answer.status_code != _PARTIAL:
+            raise HubUnreachable(
+                f"{file} of {self.name}: the server gives whole files alone, and weights are not fetched."
+            )
+        content: bytes = answer.content
+        return content[:count]
 
     @contextmanager
     def _explained(self, file: str) -> Iterator[None]:

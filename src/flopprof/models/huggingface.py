@@ -16,7 +16,15 @@ from flopprof.counting.values import holds_numbers, needs_values, remembering
 from flopprof.errors import FlopprofError, InvalidCheckpoint, ModelFailed, UsageError
 from flopprof.models import hf_flash, hf_hub
 from flopprof.models.checkpoint import compare
-from flopprof.models.hf_config import CONFIG, Architecture, architecture, load_transformers, read_config, reason
+from flopprof.models.hf_config import (
+    CONFIG,
+    MOST_BYTES,
+    Architecture,
+    architecture,
+    load_transformers,
+    read_config,
+    reason,
+)
 from flopprof.models.hf_inputs import make_inputs
 from flopprof.models.hf_maker import Inputs
 from flopprof.models.hf_quantised import quantise, scheme_of
@@ -47,7 +55,7 @@ def load_directory(target: str, request: Request) -> Workload:
 def load_hub(name: str, request: Request) -> Workload:
     """The model of a repository on the hub: its config and its safetensors headers are fetched, never the weights."""
     repository = hf_hub.Repository.parse(name)
-    file = repository.fetch(CONFIG)
+    file = repository.fetch(CONFIG, MOST_BYTES)
     facts = read_config(file)
     stored = read_directory(file.parent) or repository.headers()
     return _load(f"hf:{name}", file.parent, facts, stored, request)

@@ -30,7 +30,7 @@ MOST_BYTES = 100_000_000
 MOST_TENSORS = 300_000  # the largest published checkpoints (1 T parameters in 384 experts, packed) have some 200,000
 _MOST_SHARDS = 4096
 _LONGEST_ENTRY = 4096  # bytes of JSON about one tensor
-_LENGTH = 8
+LENGTH = 8  # bytes that tell how long the header is
 _AT_ONCE = 8
 
 # https://huggingface.co/docs/safetensors and the reference implementation, tensor.rs (0.8)
@@ -188,14 +188,14 @@ def _raw_header(file: Path, most: int) -> tuple[bytes, int]:
     size = _size_of(file)
     try:
         with file.open("rb") as stream:
-            length = int.from_bytes(stream.read(_LENGTH), "little")
-            if size < _LENGTH or length > size - _LENGTH:
+            length = int.from_bytes(stream.read(LENGTH), "little")
+            if size < LENGTH or length > size - LENGTH:
                 raise InvalidCheckpoint(
                     f"{file} is cut short: its header claims {length:,} bytes, and the file has {size:,}."
                 )
             if length > most:
                 raise InvalidCheckpoint(f"{file} has a header of {length:,} bytes; more than {most:,} are not read.")
-            return stream.read(length), size - _LENGTH - length
+            return stream.read(length), size - LENGTH - length
     except OSError as error:
         raise InvalidCheckpoint(f"{file} cannot be read: {error.strerror}.") from error
 
