@@ -19,6 +19,7 @@ from flopprof.cli.models import models
 from flopprof.cli.peaks import peaks
 from flopprof.cli.plan import plan
 from flopprof.cli.reconcile import reconcile
+from flopprof.cli.run import run
 from flopprof.errors import FlopprofError
 
 _INTERRUPTED = 130
@@ -96,6 +97,12 @@ _COMMANDS: tuple[tuple[Callable[..., None], str, str], ...] = (
 )
 for _command, *_examples in _COMMANDS:
     app.command(epilog="\n\n".join(["Examples:", *_examples]))(_command)
+
+app.command(
+    context_settings={"allow_interspersed_args": False},
+    epilog="Examples:\n\nflopprof run train.py --lr 3e-4\n\nflopprof run --records run.jsonl -m package.train\n\n"
+    "torchrun --nproc-per-node 2 -m flopprof run train.py",
+)(run)
 
 
 def main() -> None:

@@ -1,0 +1,395 @@
+"""Meters a training script that knows nothing of it: finds the modules it calls, and where its steps end.
+
+A step ends where the last optimizer stepped before one of them steps a second time: accumulation, several optimizers
+in turn (a GAN, Muon beside AdamW), closures and skipped steps of a GradScaler are then all one step each. Waiting for
+a DataLoader and saving with torch.save are rows of their own.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import threading
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import msgspec
+import torch
+from torch.amp.grad_scaler import GradScaler
+from torch.optim import optimizer as optimizers
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.utils.data import dataloader
+
+from flopprof.counting.imports import replaced
+from flopprof.meter.meter import Meter
+from flopprof.meter.recorder import OpenStep
+from flopprof.meter.roots import CompiledFunction, Finder, Roots
+from flopprof.meter.summary import Summary
+from flopprof.meter.timing import CudaTimer
+from flopprof.meter.watching import instruments
+
+_node = torch._C._current_autograd_node
+_thread = threading.get_ident
+# A step without a call of a module is told from others by little: so often it is counted again.
+_RECOUNT_WITHOUT_CALLS = 8
+
+
+class Contiguous(Meter):
+    """A meter whose steps follow each other without a gap; the latest may prove to be a part of a longer one."""
+
+    _undecided = 0  # of the latest steps, so many wait
+
+    def boundary(self, found: Finder) -> None:
+        """An optimizer has stepped: what comes next may belong to this step, or to the next one."""
+        self._undecided += 1
+        self.end_step()
+        if self._undecided == 2:
+            second, first = self._late.pop(), self._late.pop()
+            self._late.append(_joined(first, second))
+            self._begun -= 1
+            self._undecided = 1
+        step = self._late[-1]
+        if not step.calls and step.number % _RECOUNT_WITHOUT_CALLS == 0:
+            self._recorder.tracker.from_start = True
+        self.start_step()
+
+    def decide(self) -> bool:
+        """The latest step is over. False: that was known."""
+        if not self._undecided:
+            return False
+        self._undecided = 0
+        if self._history.writes or len(self._late) >= 64:
+            self._settle()
+        return True
+
+    def move(self, parameter: torch.Tensor) -> None:
+        """What is trained is on that device."""
+        self._history.move(str(parameter.device))
+        self.device = self._history.device
+        if parameter.is_cuda:
+            self._recorder.timer = CudaTimer()
+
+    def fits(self, parameter: torch.Tensor) -> bool:
+        """Is what is trained where it was thought to be, or is it too late to ask?"""
+        return bool(self._late or self._history.records) or str(parameter.device) == self.device
+
+    def aside(self, name: str, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """The result of a call whose time is a row of its own, and after which the step goes on as before it."""
+        recorder = self._recorder
+        tracker, timer, step = recorder.tracker, recorder.timer, self._open
+        if step is None or recorder._span is not None:
+            return call(*args, **kwargs)
+        if tracker.counter is not None:
+            tracker.interrupt()
+        start = timer.mark()
+        try:
+            return call(*args, **kwargs)
+        finally:
+            step.spans = (*step.spans, (name, start, timer.mark()))
+            if tracker.known(name) is None:
+                tracker._follow(name, tracker._alone.child((name,)), (), True)
+
+    def drop(self) -> None:
+        """The step under way will not end."""
+        step, self._open = self._open, None
+        if step is not None:
+            self._recorder.close(step, failed=True)
+            self._begun -= 1
+
+    def _settle(self, *, wait: bool = False) -> None:
+        held = [self._late.pop() for _ in range(min(self._undecided, len(self._late)))]
+        super()._settle(wait=wait)
+        self._late.extend(reversed(held))
+
+
+def _joined(first: OpenStep, second: OpenStep) -> OpenStep:
+    """Two steps that were one."""
+    second.number, second.start = first.number, first.start
+    for name in ("calls", "optimizer_steps", "tokens", "samples", "other_tokens", "other_samples", "data_wait_s"):
+        setattr(second, name, getattr(first, name) + getattr(second, name))
+    for name in ("segments", "spans", "unpadded", "left_out"):
+        setattr(second, name, getattr(first, name) + getattr(second, name))
+    second.unseen |= first.unseen
+    return second
+
+
+class Script:
+    """Finds the steps of whatever trains in this thread between `install` and `remove`.
+
+    make      gives the meter, once a device is known: that of the first module that trains
+    finished  is called after every step
+    """
+
+    def __init__(self, make: Callable[[], Contiguous], finished: Callable[[Contiguous], object] | None = None) -> None:
+        self.meter: Contiguous | None = None
+        self.stepped = 0  # how often an optimizer did
+        self._make, self._finished = make, finished
+        self._roots = Roots(self._called)
+        self._finder: Finder | None = None
+        self._thread = 0
+        self._pid = 0
+        self._seen: dict[int, weakref.ref[torch.Tensor]] = {}  # what stepped in this step: its first parameter
+        self._inside: list[Any] = []  # optimizers that are stepping
+        self._compiled_step = False
+        self._in_backward: Any = None  # an optimizer that stepped there
+        self._aside = False
+        self._undo: list[Callable[[], object]] = []
+
+    # --- in and out --------------------------------------------------------------------------------------------------
+    def install(self) -> None:
+        """From now on. `remove` leaves torch as it was."""
+        self._thread, self._pid = _thread(), os.getpid()
+        self._undo = [_changeable("_global_optimizer_pre_hooks"), _changeable("_global_optimizer_post_hooks")]
+        before = register_optimizer_step_pre_hook(self._before)  # a step is told of an optimizer once it is its own
+        instruments.acquire()
+        after = register_optimizer_step_post_hook(self._after)  # and before it ends
+        self._undo += [instruments.release, before.remove, after.remove]
+        self._undo += [
+            replaced(GradScaler, "step", self._scaled(GradScaler.step)),
+            replaced(torch, "compile", self._compiling(torch.compile)),
+            replaced(torch, "save", self._outside("saving", torch.save)),
+        ]
+        loader: Any = dataloader.DataLoader
+        batches: Any = dataloader._BaseDataLoaderIter
+        self._undo += [
+            replaced(loader, "__iter__", self._outside("data_wait", loader.__iter__)),
+            replaced(batches, "__next__", self._outside("data_wait", batches.__next__)),
+        ]
+        self._roots.install()
+        self._undo.append(self._roots.remove)
+        if hasattr(os, "register_at_fork"):
+            here = weakref.ref(self)
+
+            def forked() -> None:
+                script = here()
+                if script is not None:
+                    script._forked()
+
+            os.register_at_fork(after_in_child=forked)
+
+    def remove(self) -> None:
+        """The open step is dropped, and torch is as it was; the meter keeps what it found."""
+        self._thread = 0
+        if self.meter is not None:
+            self.meter.decide()
+            self.meter.drop()
+            self.meter.close()
+        while self._undo:
+            self._undo.pop()()
+
+    def _forked(self) -> None:
+        """In a child, nothing is metered: a worker of a DataLoader, or a process that trains by itself."""
+        if self._thread and os.getpid() != self._pid:
+            self._thread = 0
+            if self.meter is not None:
+                self.meter._recorder.thread = 0
+                self.meter._recorder.tracker.abandon()
+            while self._undo:
+                self._undo.pop()()
+
+    def summary(self) -> Summary | None:
+        """Of all finished steps; None where there was none."""
+        if self.meter is None or not self.meter.records:
+            return None
+        summary = self.meter.summary()
+        without = sum(not record.calls for record in self.meter.records)
+        if not without:
+            return summary
+        note = (
+            f"{without} steps call no module: what they multiply was counted in every "
+            f"{_RECOUNT_WITHOUT_CALLS}th of them, and is taken to be the same in the others."
+        )
+        return msgspec.structs.replace(summary, notes=(*summary.notes, note))
+
+    # --- modules -----------------------------------------------------------------------------------------------------
+    def _called(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        if self._in_backward is not None:
+            self._step_over(self._in_backward)
+        if self.meter is None:
+            parameters = list(module.parameters())
+            if not torch.is_grad_enabled() or not any(parameter.requires_grad for parameter in parameters):
+                return
+            self._begin(parameters[0])
+        if self._finder is not None:
+            self._finder.called(module, args, kwargs)
+
+    def _begin(self, parameter: torch.Tensor) -> None:
+        """The first step begins: in the middle of what the script does, so that its start is not another's."""
+        self.meter = meter = self._make()
+        meter.move(parameter)
+        self._finder = Finder(meter._recorder)
+        meter.start_step()
+        tracker = meter._recorder.tracker
+        tracker._enter(tracker._alone.child(("script",)).start(()), None)
+
+    def _compiling(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        """torch.compile, whose functions tell of their calls: inside them, nothing else does."""
+
+        @functools.wraps(original)
+        def compile(model: Any = None, *args: Any, **kwargs: Any) -> Any:
+            if model is None:
+                return lambda function: compile(function, *args, **kwargs)
+            made = original(model, *args, **kwargs)
+            if made is model or isinstance(made, torch.nn.Module | type) or not callable(made):
+                return made
+            return self._entry(model, made)
+
+        return compile
+
+    def _entry(self, function: Callable[..., Any], made: Callable[..., Any]) -> Callable[..., Any]:
+        owner = getattr(function, "__self__", None)
+        if isinstance(owner, torch.optim.Optimizer):
+            return self._stepping(owner, made)
+        of_module = isinstance(owner, torch.nn.Module) and getattr(function, "__name__", "") == "_call_impl"
+        module: torch.nn.Module = owner if of_module else CompiledFunction(function)  # type: ignore[assignment]
+        roots = self._roots
+
+        @functools.wraps(made)
+        def entry(*args: Any, **kwargs: Any) -> Any:
+            if torch.compiler.is_compiling() or not roots.outside():
+                return made(*args, **kwargs)
+            if isinstance(module, CompiledFunction):
+                module.refers(*args, *kwargs.values())
+            return roots.around(module, made, args, kwargs)
+
+        return entry
+
+    def _stepping(self, optimizer: torch.optim.Optimizer, made: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(made)
+        def entry(*args: Any, **kwargs: Any) -> Any:
+            if torch.compiler.is_compiling() or self._compiled_step or self._thread != _thread():
+                return made(*args, **kwargs)
+            self._before(optimizer, args, kwargs)
+            recorder = None if self.meter is None else self.meter._recorder
+            if recorder is not None and recorder.tracker.counter is None:  # else its own hooks run, and tell
+                recorder.stepped(optimizer, closure=False, over=False)
+            self._compiled_step = True
+            try:
+                result = made(*args, **kwargs)
+            finally:
+                self._compiled_step = False
+            self._after(optimizer, args, kwargs)
+            return result
+
+        return entry
+
+    # --- optimizers --------------------------------------------------------------------------------------------------
+    def _before(self, optimizer: torch.optim.Optimizer, _args: Any, _kwargs: Any) -> None:
+        if torch.compiler.is_compiling() or self._compiled_step:
+            return
+        if _node() is not None or self._thread != _thread():
+            return
+        if optimizer in self._inside:  # its last step raised
+            self._inside.clear()
+        self._inside.append(optimizer)
+        if len(self._inside) == 1:
+            self._steps(optimizer)
+
+    def _after(self, optimizer: torch.optim.Optimizer, _args: Any, _kwargs: Any) -> None:
+        if torch.compiler.is_compiling() or self._compiled_step:
+            return
+        if _node() is not None or self._thread != _thread():
+            if self._thread:  # each parameter's own, as its gradient arrives
+                self._in_backward = optimizer
+                if self.meter is not None and self.meter._open is not None:
+                    self.meter._open.optimizer_steps += 1
+            return
+        while self._inside and self._inside.pop() is not optimizer:
+            pass
+        if not self._inside:
+            self._step_over(optimizer)
+
+    def _steps(self, optimizer: torch.optim.Optimizer) -> None:
+        """Does a new step begin with this one's?"""
+        self._roots.arm()
+        if self._in_backward is not None:
+            self._step_over(self._in_backward)
+        if self.meter is None:
+            return
+        key = id(_first(optimizer))
+        if key in self._seen or any(found() is None for found in self._seen.values()):
+            self._seen.clear()
+            if self.meter.decide() and self._finished is not None:
+                self._finished(self.meter)
+
+    def _step_over(self, optimizer: torch.optim.Optimizer) -> None:
+        """An optimizer has stepped, or was skipped."""
+        self.stepped += 1
+        first = _first(optimizer)
+        if self._in_backward is not None:
+            self._in_backward = None
+            self._seen.clear()
+            if self.meter is not None and self.meter.decide() and self._finished is not None:
+                self._finished(self.meter)
+        if first is None:
+            return
+        if self.meter is not None and not self.meter.fits(first):
+            self.meter.drop()  # what was called before was no training
+            self.meter.close()
+            self.meter = None
+        if self.meter is None or self._finder is None:
+            self._begin(first)
+            return
+        self._seen[id(first)] = weakref.ref(first)
+        self.meter.boundary(self._finder)
+
+    def _scaled(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        """GradScaler.step: where it skips the optimizer's, the step ends all the same."""
+
+        @functools.wraps(original)
+        def step(scaler: Any, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> Any:
+            before = self.stepped
+            result = original(scaler, optimizer, *args, **kwargs)
+            if self._thread == _thread() and self.stepped == before and self.meter is not None:
+                self._steps(optimizer)
+                self._step_over(optimizer)
+            return result
+
+        return step
+
+    # --- beside the step ---------------------------------------------------------------------------------------------
+    def _outside(self, name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+        """A function whose time is a row of its own, and whose products are none of the step's."""
+
+        @functools.wraps(original)
+        def aside(*args: Any, **kwargs: Any) -> Any:
+            meter = self.meter
+            if meter is None or self._aside or self._thread != _thread() or _node() is not None:
+                return original(*args, **kwargs)
+            self._roots.arm()
+            self._aside = True
+            try:
+                return meter.aside(name, original, args, kwargs)
+            finally:
+                self._aside = False
+
+        return aside
+
+
+class _Changeable(OrderedDict[int, Any]):
+    """Hooks that may come and go while they are called: a counter that a hook opens or closes has hooks of its own."""
+
+    def values(self) -> Any:
+        """Those of this moment."""
+        return list(super().values())
+
+
+def _changeable(name: str) -> Callable[[], object]:
+    """Makes torch's list of that name such a one; returns what undoes it."""
+    before = vars(optimizers)[name]
+    own, known = _Changeable(before), set(before)
+    undo = replaced(optimizers, name, own)
+
+    def put_back() -> None:
+        undo()
+        before.update({key: hook for key, hook in own.items() if key not in known})
+
+    return put_back
+
+
+def _first(optimizer: torch.optim.Optimizer) -> torch.Tensor | None:
+    """The parameter by which an optimizer is known: another one over the same parameters takes its place."""
+    parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
+    return next(parameters, None)
