@@ -13,7 +13,7 @@ from flopprof.report.tree import Node, module_tree
 from flopprof.units import format_share
 
 _STATIC_DEPTH = 4
-_STATIC_ROWS = 500
+_STATIC_ROWS = 300
 
 
 def phases_of(profile: Profile) -> list[int]:
@@ -69,7 +69,8 @@ def listing(profile: Profile) -> Section:
 def modules_data(profile: Profile) -> dict[str, Any]:
     """Every module in columns, parents before children: names, parents (positions), own FLOPs by phase and so on.
 
-    folded: the same tree with identical repeated siblings as one node: [parent node, module, repeats, label] each.
+    folded: the same tree with identical repeated siblings as one node: [parent node, module, repeats, label] each;
+    no label: the module's name.
     """
     names = _ordered(profile)
     place = {fqn: i for i, fqn in enumerate(names)}
@@ -123,7 +124,8 @@ def _ordered(profile: Profile) -> list[str]:
 def _folded(root: Node, place: dict[str, int]) -> Iterator[tuple[int, int, int, str]]:
     waiting = [(root, -1)]
     for number, (node, parent) in enumerate(waiting):  # it grows: level after level
-        yield parent, place[node.fqn], node.repeats, node.name
+        # a label only where it is not the module's own name
+        yield parent, place[node.fqn], node.repeats, "" if node.name == node.fqn.rpartition(".")[2] else node.name
         waiting.extend((child, number) for child in node.children)
 
 

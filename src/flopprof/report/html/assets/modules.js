@@ -41,7 +41,9 @@ function nodesOf(folded) {
       module: i, parent: module.parent, children: module.children, times: 1n, repeats: 1, label: module.name,
     }));
   }
-  const nodes = tree.folded.map(([parent, module, repeats, label]) => ({ module, parent, repeats, label, children: [] }));
+  const nodes = tree.folded.map(([parent, module, repeats, label]) => ({
+    module, parent, repeats, label: label || tree.modules[module].name, children: [],
+  }));
   nodes.forEach((node, i) => {
     const above = nodes[node.parent];
     node.times = BigInt(node.repeats) * (above ? above.times : 1n);
@@ -116,8 +118,26 @@ function showModules() {
     maxdepth: maxDepth + 1, leaf: { opacity: 1 },
   };
   draw("icicle", [trace], { margin: { l: 0, r: 0, t: 4, b: 4 }, uniformtext: { minsize: 9, mode: "hide" } }, showModules);
+  listen();
   showPath(nodes);
   showChildren(nodes, count, total, own, whole, unit, metric);
+}
+
+// A click on a sector goes into it, on the topmost one goes up.
+function listen() {
+  const box = document.getElementById("icicle");
+  if (!box.on || shown.listening) return;
+  shown.listening = true;
+  const clicked = (event) => {
+    const id = event.points[0].id;
+    if (id !== undefined && !id.endsWith("+")) {
+      const place = Number(id), above = nodesOf(choice().folded)[place].parent;
+      go(place === shown.at && above >= 0 ? above : place, false);
+    }
+    return false; // plotly's own zoom would stop at the levels that are drawn
+  };
+  box.on("plotly_icicleclick", clicked);
+  box.on("plotly_treemapclick", clicked);
 }
 
 function describe(node, flops, all, unit, metric) {
@@ -201,17 +221,3 @@ legend();
 document.getElementById("folded").addEventListener("change", () => go(0, false));
 for (const id of ["size", "shape"]) document.getElementById(id).addEventListener("change", showModules);
 showModules();
-{
-  const box = document.getElementById("icicle");
-  const down = (event) => {
-    const id = event.points[0].id;
-    if (id !== undefined && !id.endsWith("+")) {
-      const nodes = nodesOf(choice().folded);
-      const place = Number(id);
-      go(place === shown.at && nodes[place].parent >= 0 ? nodes[place].parent : place, false);
-    }
-    return false; // plotly's own zoom would stop at the levels that are drawn
-  };
-  box.on("plotly_icicleclick", down);
-  box.on("plotly_treemapclick", down);
-}

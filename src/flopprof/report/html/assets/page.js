@@ -46,11 +46,12 @@ function template() {
 
 function draw(id, traces, layout, again = () => draw(id, traces, layout)) {
   repaint.set(id, again);
+  if (!window.Plotly) return; // not yet: start.js comes back to it
   const shape = {
     margin: { l: 10, r: 10, t: 10, b: 10 }, dragmode: narrow.matches ? false : "zoom", // a finger scrolls the page
     ...layout, template: template(), autosize: true,
   };
-  return Plotly.react(document.getElementById(id), traces, shape, { responsive: true, displayModeBar: false });
+  Plotly.react(document.getElementById(id), traces, shape, { responsive: true, displayModeBar: false });
 }
 
 function repaintAll() {
@@ -74,8 +75,12 @@ themeButton.addEventListener("click", () => {
 system.addEventListener("change", () => { showTheme(); repaintAll(); });
 narrow.addEventListener("change", repaintAll);
 
-// --- paper: a chart has a size in pixels; on paper it is scaled to the width of the page, on white ---
+// --- paper: white, and a chart, which has a size in pixels, scaled to the width of the sheet ---
+let chosen;
 window.addEventListener("beforeprint", () => {
+  chosen = document.documentElement.dataset.theme;
+  document.documentElement.dataset.theme = "light";
+  repaintAll();
   for (const svg of document.querySelectorAll(".chart .main-svg")) {
     const width = svg.getAttribute("width"), height = svg.getAttribute("height");
     svg.setAttribute("viewBox", `0 0 ${width} ${height}`);
@@ -84,4 +89,7 @@ window.addEventListener("beforeprint", () => {
 });
 window.addEventListener("afterprint", () => {
   for (const svg of document.querySelectorAll(".chart .main-svg")) svg.removeAttribute("viewBox");
+  if (chosen === undefined) delete document.documentElement.dataset.theme;
+  else document.documentElement.dataset.theme = chosen;
+  repaintAll();
 });

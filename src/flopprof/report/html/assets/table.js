@@ -12,7 +12,9 @@ function sortableTable({ box, search, found, rows, columns, words, caption, open
       state.by = i;
       show();
     });
-    const head = element("th", { scope: "col", className: column.number ? "number" : "" }, button);
+    // on paper a head is text: browsers leave buttons out where a head is repeated on the next sheet
+    const printed = element("span", { className: "printed", textContent: column.head, "aria-hidden": "true" });
+    const head = element("th", { scope: "col", className: column.number ? "number" : "" }, button, printed);
     if (column.unit) head.append(element("span", { className: "unit", textContent: column.unit }));
     return head;
   });
@@ -26,7 +28,8 @@ function sortableTable({ box, search, found, rows, columns, words, caption, open
   const frame = element("div", { className: "scroll", role: "region", tabIndex: 0, "aria-label": caption },
     element("table", {}, element("caption", { className: "unseen", textContent: caption }),
       element("thead", {}, element("tr", {}, ...heads)), body));
-  box.replaceChildren(frame, element("p", {}, more));
+  const absent = element("span", { className: "printed" });
+  box.replaceChildren(frame, element("p", {}, more, absent));
   search.addEventListener("input", () => { state.all = false; show(); });
   show();
 
@@ -46,6 +49,7 @@ function sortableTable({ box, search, found, rows, columns, words, caption, open
     const drawnRows = state.all ? matching : matching.slice(0, firstRows);
     body.replaceChildren(...drawnRows.map(line));
     more.hidden = drawnRows.length === matching.length;
+    absent.textContent = more.hidden ? "" : `${exact(matching.length - drawnRows.length)} more rows are not printed.`;
     more.textContent = `Show all ${exact(matching.length)} rows`;
     found.textContent = wanted.length
       ? `${exact(matching.length)} of ${exact(rows.length)} found` : `${exact(rows.length)} in all`;
