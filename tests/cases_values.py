@@ -115,6 +115,7 @@ QUESTIONS: dict[str, Question] = {
     "einsum": lambda d: torch.einsum("ij,kj->ik", _ids(d), _ids(d)).tolist(),
     "out=": lambda d: torch.add(_ids(d), 1, out=torch.empty_like(_ids(d))).tolist(),
     "foreach": lambda d: [part.tolist() for part in torch._foreach_add([_ids(d)], 1)],
+    "index by many numbers": lambda d: (_ids(d)[tuple(_mask(d)[0].long()), tuple(_ids(d)[1, [2, 2, 2]] % 4)]).tolist(),
     "as_strided": lambda d: torch.arange(6, device=d).as_strided((3, 2), (1, 2), 1).tolist(),
     "aliases": _aliased,
     "shifted right": _shifted,

@@ -16,8 +16,8 @@ from torch.utils.checkpoint import checkpoint
 from cases_values import QUESTIONS, program
 from flopprof import FlopCounter, count
 from flopprof.counting import count as counting
-from flopprof.counting.guesses import EVEN, FINITE
-from flopprof.counting.values import Values, carried
+from flopprof.counting.guesses import EVEN, FINITE, UNEQUAL
+from flopprof.counting.values import Values, carried, holds_numbers, remembering
 from flopprof.errors import ValuesUnknown
 from flopprof.profile import Profile
 from zoo import ZOO
@@ -145,7 +145,7 @@ def test_too_large_tensors_carry_nothing() -> None:
         with pytest.raises(ValuesUnknown):
             torch.zeros(1 << 26, dtype=torch.bool, device="meta").any().item()
         with pytest.raises(ValuesUnknown):
-            torch.zeros(1 << 17, device="meta").sum().item()
+            torch.zeros(1 << 23, device="meta").sum().item()
 
 
 # --- unknown values -------------------------------------------------------------------------------------------------
@@ -272,6 +272,63 @@ def test_numbers_are_taken_to_be_finite() -> None:
         assert not x.isinf().any()
         assert torch.isfinite(x).all()
     assert notes == [FINITE]
+
+
+def test_pictures_are_taken_not_to_be_blank() -> None:
+    pictures = meta(3, 2, 4, 4)
+    with noting() as notes:
+        assert ((pictures == 0.0).sum((-1, -2, -3)) != 2 * 4 * 4).tolist() == [True] * 3
+        assert (pictures != 0).all()
+        assert pictures[(pictures == 0).flatten(1).all(1).logical_not()].shape == pictures.shape
+    assert notes == [UNEQUAL]
+
+
+def test_a_tensor_made_on_the_cpu_joins_those_on_meta() -> None:
+    def model(x: torch.Tensor) -> torch.Tensor:
+        filled = x.masked_fill(x > 0, torch.tensor(3.0, device="cpu"))
+        return filled @ torch.ones(4, 5, device="cpu") + torch.where(x.sum() > 0, torch.tensor(1.0), x.sum())
+
+    counted = count(model, meta(3, 4).requires_grad_(), backward=True)
+    assert counted.forward_flops == 2 * 3 * 4 * 5
+    assert counted.backward_flops == 2 * 3 * 4 * 5
+
+
+def test_a_name_made_of_a_number_is_the_cpus() -> None:
+    with noting():
+        chosen = torch.tensor([4, 7], device="meta")
+        assert [f"expert_{index}" for index in chosen] == ["expert_4", "expert_7"]
+        assert f"{chosen[1]:03d}" == "007"
+        assert "meta" in f"{chosen}"
+
+
+class Stepping(nn.Module):
+    """Asks a number that it was built with, as codecs ask for their stride."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.register_buffer("steps", torch.tensor(3), persistent=False)
+        self.order = torch.tensor([2, 0, 1])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for _ in range(int(self.steps)):
+            x = self.linear(x)
+        return x[self.order.tolist()]
+
+
+def test_what_a_model_was_built_with_is_remembered() -> None:
+    def build() -> nn.Module:
+        with torch.device("meta"):
+            return Stepping()
+
+    forgetful = build()
+    assert holds_numbers(forgetful)
+    assert not holds_numbers(forgetful.linear)
+    with pytest.raises(ValuesUnknown):
+        count(forgetful, meta(3, 4))
+    model = remembering(build)
+    for _ in range(2):
+        assert count(model, meta(3, 4)).forward_flops == 3 * 2 * 3 * 4 * 4
 
 
 @pytest.mark.parametrize(("tokens", "experts", "k"), [(12, 4, 2), (7, 3, 1), (64, 8, 3), (2, 8, 2)])

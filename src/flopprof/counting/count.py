@@ -75,7 +75,7 @@ def count(  # noqa: PLR0915 - how a run is tried again, beside what each try is
         with preserved(within, (args, kwargs), optimizer) as keep, ExitStack() as stack:
             if values:
                 choose = None if told is None else partial(_chosen, told, counter)
-                stack.enter_context(carried(counter.assume, named(model, args, kwargs), choose))
+                stack.enter_context(carried(counter.assume, named(model, args, kwargs), choose, module))
             given, also = (moved(args), moved(kwargs)) if values or (meta and not mixed) else (args, kwargs)
             if backward:
                 given, also = own_inputs(given), own_inputs(also)

@@ -17,6 +17,7 @@ import torch
 from flopprof.counting.routing import MOST_EXPERTS, TOLD, laid_out
 
 FINITE = "no value is taken to be infinite or not a number"
+UNEQUAL = "no number that is not known is taken to equal a given one exactly: no picture is blank"
 EVEN = "the choice of the largest scores is taken to be even: each expert gets the same share of the tokens"
 
 # Beyond every vocabulary, so that no label equals a token that a model names.
@@ -88,6 +89,8 @@ def of_operator(base: str, args: Any, out: Any, told: Tokens | None = None) -> t
         return out, Guess(_aten.zeros.default(out.shape, dtype=torch.bool, device="cpu"), FINITE)
     if (base == "aten::eq" and args[1] is source) or (base == "aten::ne" and _is_infinite(args[1])):  # torch.isfinite
         return out, Guess(_aten.ones.default(out.shape, dtype=torch.bool, device="cpu"), FINITE)
+    if base in ("aten::eq", "aten::ne") and not isinstance(args[1], torch.Tensor):
+        return out, Guess(_aten.full.default(out.shape, base == "aten::ne", dtype=torch.bool, device="cpu"), UNEQUAL)
     if base in _CHOICES:
         chosen = out if isinstance(out, torch.Tensor) else out[1]
         return _even(base, args, source, chosen, told)

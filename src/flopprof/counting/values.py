@@ -13,39 +13,44 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode, _pop_mode, _push_mode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from flopprof.counting import guesses
 from flopprof.counting.operators import base_name
 from flopprof.counting.values_answers import Call, answer, forge, higher, read
-from flopprof.counting.values_inputs import moved, needs_values, on_meta
+from flopprof.counting.values_inputs import holds_numbers, moved, needs_values, on_meta, remember, remembered
 from flopprof.counting.values_lists import Lists
-from flopprof.counting.values_plans import Plan, labelled, leaves_meta, tensors_in
-from flopprof.counting.values_store import Fact, Store, aside, fits
+from flopprof.counting.values_plans import Plan, labelled, leaves_meta, on_cpu, tensors_in
+from flopprof.counting.values_stack import foreign, lifted
+from flopprof.counting.values_store import Fact, Store, aside, fits, is_large
 from flopprof.errors import ValuesUnknown
 from flopprof.formulas.attention import READERS
 
-__all__ = ["Values", "bypassed", "carried", "moved", "needs_values", "on_meta"]
+__all__ = ["Values", "bypassed", "carried", "holds_numbers", "moved", "needs_values", "on_meta", "remembering"]
 
 _Tensor = torch.Tensor
 _aten = torch.ops.aten
 _node = torch._C._current_autograd_node
 _stack_size = torch._C._len_torch_dispatch_stack
 _stack_at = torch._C._get_dispatch_stack_at
-_plain_dispatch = torch._C._disabled_torch_dispatch_impl
 
 _MASKED_SCATTER_BACKWARD = _aten.masked_scatter_backward.default
 _NOTHING: frozenset[str] = frozenset()
+_LARGE_FLOATS = 1 << 27  # elements of large floating tensors that are computed in all
 
 
 @contextmanager
 def carried(
-    note: Callable[[str], object], inputs: Mapping[str, torch.Tensor] | None = None, told: guesses.Tokens | None = None
+    note: Callable[[str], object],
+    inputs: Mapping[str, torch.Tensor] | None = None,
+    told: guesses.Tokens | None = None,
+    model: Any = None,
 ) -> Iterator[None]:
     """While open, meta tensors carry small values; `note` is called with a sentence for each guess that was used.
 
     inputs  tensors on meta whose values were not given, by name: the names tell what may be taken for them
+    model   a module that runs inside: what it was built with, as far as that is remembered, is known
     told    what routers choose, where that is known
 
     Open inside another it joins it. Operators are counted as they are without it: whatever counter is open, before
@@ -60,11 +65,11 @@ def carried(
         if outer is not None:
             for sentence in values.noted:
                 note(sentence)
-            values.take(inputs or {})
+            values.take(inputs or {}, model)
             yield
         else:
             with values, Lists(values):
-                values.take(inputs or {})
+                values.take(inputs or {}, model)
                 yield
         if len(values.refused) > refused:  # the model caught it, and went on by a branch that nobody knows to be right
             raise values.refused[refused]
@@ -74,6 +79,16 @@ def carried(
         if outer is None:
             values.store.clear()
             values.refused.clear()  # their tracebacks hold what the model held
+
+
+def remembering(build: Callable[[], torch.nn.Module]) -> torch.nn.Module:
+    """What `build` makes on meta: a model whose buffers remember the numbers that they were built with."""
+    with carried(lambda _: None):
+        model = build()
+        values = _open()
+        if values is not None:
+            remember(model, values.known)
+        return model
 
 
 def bypassed(func: Any, args: Any, kwargs: Any) -> None:
@@ -128,14 +143,15 @@ class Values(TorchDispatchMode):
         self.refused: list[ValuesUnknown] = []
         self.told: guesses.Tokens | None = None
         self._plans: dict[Any, Plan] = {}
+        self._budget = _LARGE_FLOATS
 
     def __enter__(self) -> Values:
-        with _lifted():
+        with lifted():
             super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *error: Any) -> None:
-        with _lifted(down_to=self):
+        with lifted(down_to=self):
             super().__exit__(*error)  # type: ignore[no-untyped-call]
 
     def plan(self, func: Any) -> Plan:
@@ -145,8 +161,12 @@ class Values(TorchDispatchMode):
             plan = self._plans[func] = Plan(func, base_name(func))
         return plan
 
-    def take(self, inputs: Mapping[str, torch.Tensor]) -> None:
-        """Take for these inputs what their names allow."""
+    def take(self, inputs: Mapping[str, torch.Tensor], model: Any = None) -> None:
+        """Take for these inputs what their names allow, and for what a model holds what it was built with."""
+        for tensor, value in remembered(model):
+            if self.store.get(tensor) is None:
+                with aside():
+                    self.store.bind(tensor, value, _NOTHING, labels=False)
         for name, tensor in inputs.items():
             if type(tensor) is _Tensor and tensor.is_meta and self.store.get(tensor) is None:
                 if tensor._base is not None or not fits(tensor, floats=False):
@@ -158,7 +178,7 @@ class Values(TorchDispatchMode):
 
     def learn(self, tensor: torch.Tensor, data: Any) -> None:
         """A meta tensor was made of Python numbers."""
-        if not fits(tensor, floats=self.floats()) or self.store.get(tensor) is not None:
+        if not self._fits(tensor) or self.store.get(tensor) is not None:
             return
         said: set[str] = set()
 
@@ -181,7 +201,7 @@ class Values(TorchDispatchMode):
                 self.store.bind(tensor, value, frozenset(said), labels=False)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if types and _foreign(types):
+        if types and foreign(types):
             return NotImplemented
         kwargs = kwargs or {}
         plan = self.plan(func)
@@ -198,7 +218,11 @@ class Values(TorchDispatchMode):
         if plan.filled is not None:
             return self._filled(plan, func, args, kwargs)
         if not known and plan.plain:  # as nearly all of a model does
-            out = func(*args, **kwargs)
+            try:
+                out = func(*args, **kwargs)
+            except RuntimeError as error:
+                args, kwargs = self._gathered(plan, args, kwargs, error)
+                out = func(*args, **kwargs)
             if plan.writes:
                 self.forget(plan, args, kwargs)
             elif plan.guessed and not self._in_backward():
@@ -213,13 +237,33 @@ class Values(TorchDispatchMode):
             return answer(self, call)
         try:
             out = func(*args, **kwargs)
-        except RuntimeError:  # no kernel for meta
-            if call.lowered is None or plan.writes:
-                raise
-            return forge(self, call)
+        except RuntimeError as error:
+            if call.lowered is not None and not plan.writes:  # no kernel for meta
+                return forge(self, call)
+            args, kwargs = self._gathered(plan, args, kwargs, error)
+            out = func(*args, **kwargs)
         if not self.compute(call, out):
             self.forget(plan, args, kwargs)
         return out
+
+    def _gathered(self, plan: Plan, args: Any, kwargs: Any, error: RuntimeError) -> tuple[Any, Any]:
+        """The same arguments, all on meta, where some were real: a model that makes tensors on the CPU runs there."""
+        if "device" not in str(error) or any(not tensor.is_meta for tensor in plan.written(args, kwargs)):
+            raise error
+
+        def move(leaf: torch.Tensor) -> torch.Tensor:
+            if leaf.device.type != "cpu":
+                return leaf
+            with aside():
+                made: torch.Tensor = _aten.empty_strided.default(
+                    leaf.size(), leaf.stride(), dtype=leaf.dtype, device="meta"
+                )
+                if self._fits(made):
+                    self.store.bind(made, leaf, _NOTHING, labels=False)
+            return made
+
+        moved_args, moved_kwargs = tree_map_only(_Tensor, move, (args, kwargs))
+        return moved_args, moved_kwargs
 
     # --- what is known of the operands ------------------------------------------------------------------------------
     def fact(self, tensor: torch.Tensor) -> Fact | None:
@@ -227,9 +271,25 @@ class Values(TorchDispatchMode):
         fact = self.store.get(tensor) if tensor.is_meta else None
         return fact if fact is not None and fact.written else None
 
+    def known(self, tensor: torch.Tensor) -> torch.Tensor | None:
+        """The values of a meta tensor, on the CPU; None where they are not known, or guessed."""
+        fact = self.fact(tensor)
+        if fact is None or fact.guesses:
+            return None
+        with aside():
+            return self.store.shadow(tensor, fact)
+
     def floats(self) -> bool:
         """Are floats worth following? In a backward no model asks for them, but where it runs forward again."""
         return not self._in_backward()
+
+    def _fits(self, tensor: torch.Tensor) -> bool:
+        if not fits(tensor, floats=self.floats()):
+            return False
+        if is_large(tensor):
+            self._budget -= tensor.numel()
+            return self._budget >= 0
+        return True
 
     def _in_backward(self) -> bool:
         return _node() is not None and not torch.is_grad_enabled()
@@ -266,9 +326,9 @@ class Values(TorchDispatchMode):
             except LookupError:  # the bits of one do not tell its values
                 return None
         if plan.device is not None and plan.device < len(positional):
-            positional[plan.device] = _on_cpu(positional[plan.device])
+            positional[plan.device] = on_cpu(positional[plan.device])
         elif "device" in named:
-            named["device"] = _on_cpu(named["device"])
+            named["device"] = on_cpu(named["device"])
         return positional, named
 
     def _lower(self, item: Any) -> Any:
@@ -289,9 +349,10 @@ class Values(TorchDispatchMode):
         """Run the operator on the CPU too, and let its results on meta carry what comes out. Was that possible?"""
         if call.lowered is None:
             return False
-        plan, floats = call.plan, self.floats()
+        plan = call.plan
         results = [leaf for leaf in tree_leaves(out) if isinstance(leaf, _Tensor) and leaf.is_meta]
-        if not any(fits(result, floats=floats) for result in results):
+        fitting = [self._fits(result) for result in results]
+        if not any(fitting):
             return False
         with aside():
             if plan.unwritten:
@@ -303,7 +364,7 @@ class Values(TorchDispatchMode):
             except Exception:  # the CPU has no kernel for this dtype, an index is out of bounds: not known
                 return False
             for position, (result, value) in enumerate(zip(results, values, strict=True)):
-                if self.store.get(result) is None and result.shape == value.shape and fits(result, floats=floats):
+                if self.store.get(result) is None and result.shape == value.shape and fitting[position]:
                     self.store.bind(result, value, call.said, call.labels and not (plan.unique and position))
         for tensor in plan.written(call.args, call.kwargs):
             fact = self.store.get(tensor)
@@ -321,7 +382,7 @@ class Values(TorchDispatchMode):
 
     def _filled(self, plan: Plan, func: Any, args: Any, kwargs: Any) -> Any:
         out = func(*args, **kwargs)
-        if isinstance(out, _Tensor) and out.is_meta and fits(out, floats=self.floats()):
+        if isinstance(out, _Tensor) and out.is_meta and self._fits(out):
             value: Any = plan.filled[0]  # type: ignore[index]
             if isinstance(value, tuple):
                 value = args[value[0]] if len(args) > value[0] else kwargs["fill_value"]
@@ -344,27 +405,3 @@ class Values(TorchDispatchMode):
             self.noted[sentence] = None
             for note in self.listeners:
                 note(sentence)
-
-
-@contextmanager
-def _lifted(down_to: TorchDispatchMode | None = None) -> Iterator[None]:
-    """The modes above the lowest place (or above this one) are off, and afterwards on again."""
-    lifted = []
-    while _stack_size() and _stack_at(_stack_size() - 1) is not down_to:
-        if _stack_at(_stack_size() - 1).is_infra_mode():
-            break
-        lifted.append(_pop_mode())
-    try:
-        yield
-    finally:
-        for mode in reversed(lifted):
-            _push_mode(mode)
-
-
-def _on_cpu(device: Any) -> Any:
-    return "cpu" if device is not None and torch.device(device).type == "meta" else device
-
-
-def _foreign(types: Any) -> bool:
-    """Does a tensor subclass with its own dispatch take part? Then its inner operators are followed."""
-    return any(cls is not _Tensor and cls.__torch_dispatch__ is not _plain_dispatch for cls in types)

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-_COMPLAINTS = ("meta", "data-dependent", "fake impl")
+_BUILT_WITH = "_flopprof_built_with"
+_COMPLAINTS = ("meta", "data-dependent", "fake impl", "same device")
 
 
 def needs_values(error: BaseException) -> bool:
-    """Was this raised for want of values: of meta tensors, or by an operator that has no meta kernel?"""
+    """Was this raised for want of values: of meta tensors, beside real ones, or of an operator with no meta kernel?"""
     seen: list[BaseException] = []
     following: BaseException | None = error
     while following is not None and following not in seen:
@@ -41,3 +42,32 @@ def moved(inputs: Any) -> Any:
         return leaf.detach().to("meta").requires_grad_(leaf.requires_grad)
 
     return tree_map_only(torch.Tensor, move, inputs)
+
+
+def holds_numbers(model: torch.nn.Module) -> bool:
+    """Does a model on meta hold whole numbers, or a single one, that its forward may ask for?"""
+    return any(not held.dtype.is_floating_point or held.numel() == 1 for held in _held(model))
+
+
+def remember(model: torch.nn.Module, value_of: Callable[[torch.Tensor], torch.Tensor | None]) -> None:
+    """Keep with each small tensor that a model on meta holds what it was built with, where that is known."""
+    for tensor in _held(model):
+        value = value_of(tensor)
+        if value is not None:
+            setattr(tensor, _BUILT_WITH, value.clone())
+
+
+def remembered(model: Any) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """The tensors that a model holds on meta, with what they were built with."""
+    if isinstance(model, torch.nn.Module):
+        for tensor in _held(model):
+            value = getattr(tensor, _BUILT_WITH, None)
+            if value is not None:
+                yield tensor, value
+
+
+def _held(model: torch.nn.Module) -> Iterator[torch.Tensor]:
+    for module in model.modules():
+        for held in (*module._buffers.values(), *module.__dict__.values()):
+            if type(held) is torch.Tensor and held.is_meta:
+                yield held

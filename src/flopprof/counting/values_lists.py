@@ -12,13 +12,18 @@ if TYPE_CHECKING:
 
 
 class Lists(TorchFunctionMode):
-    """torch.tensor(numbers, device="meta") drops its numbers before any dispatch mode sees it; so does x[[0, -1]]."""
+    """torch.tensor(numbers, device="meta") drops its numbers before any dispatch mode sees it; so does x[[0, -1]].
+
+    And f"{x[0]}" is the number on every other device: models look for modules by such names.
+    """
 
     def __init__(self, values: Values) -> None:
         super().__init__()
         self._values = values
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.Tensor.__format__ and args[0].is_meta and not args[0].dim():  # torch prints it, others ask it
+            return format(args[0].item(), args[1])
         if func in _INDEXED and args[0].is_meta:
             args = (args[0], self._index(args[1], args[0].device), *args[2:])
         out = func(*args, **(kwargs or {}))
@@ -31,7 +36,10 @@ class Lists(TorchFunctionMode):
 
     def _index(self, index: Any, device: torch.device) -> Any:
         if isinstance(index, tuple):
-            return tuple(self._index(each, device) for each in index)
+            return tuple(self._listed(list(each) if isinstance(each, tuple) else each, device) for each in index)
+        return self._listed(index, device)
+
+    def _listed(self, index: Any, device: torch.device) -> Any:
         if not isinstance(index, list):
             return index
         try:

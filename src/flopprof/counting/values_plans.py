@@ -165,3 +165,8 @@ def tensors_in(args: Any, kwargs: Any = None) -> Iterator[torch.Tensor]:
             for each in item:
                 if isinstance(each, torch.Tensor):
                     yield each
+
+
+def on_cpu(device: Any) -> Any:
+    """An operator's device argument, the CPU where it says meta."""
+    return "cpu" if device is not None and torch.device(device).type == "meta" else device

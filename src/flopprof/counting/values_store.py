@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
-# Elements up to which values are computed: indices and masks of long sequences, but of floats only what rulers,
-# bucket bounds and pooled sizes need.
+# Elements up to which values are computed: indices and masks of long sequences; of floats, masks of usual ones. What
+# rulers, bucket bounds and pooled sizes need is small; of more than that there is a budget.
 _MOST_INTEGERS = 1 << 25
-_MOST_FLOATS = 1 << 16
+_MOST_FLOATS = 1 << 22
+SMALL_FLOATS = 1 << 16
 _MOST_BYTES = 1 << 30  # of all that is carried at once
 _SWEEP_AT = 512
 
@@ -119,6 +120,11 @@ def fits(tensor: torch.Tensor, *, floats: bool) -> bool:
     if tensor.dtype in _INTEGERS:
         return tensor.numel() <= _MOST_INTEGERS
     return floats and tensor.dtype in _FLOATS and tensor.numel() <= _MOST_FLOATS
+
+
+def is_large(tensor: torch.Tensor) -> bool:
+    """Is a tensor that fits one of those floating ones that are only followed within a budget?"""
+    return tensor.dtype in _FLOATS and tensor.numel() > SMALL_FLOATS
 
 
 def _view(tensor: torch.Tensor, storage: torch.UntypedStorage) -> torch.Tensor:

@@ -2,51 +2,37 @@
 
 What is made of ids has values (on the CPU, whatever the model's device is meta), because models look for special
 tokens in them; what is made of pixels and sound has none. How many image placeholders a text holds is asked of the
-model's own image encoder.
+model's own image encoder. Where config and documentation leave a layout open, the model is asked: the first that it
+runs on is taken.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from flopprof.errors import UsageError
-from flopprof.models.hf_maker import (
-    RATE,
-    Inputs,
-    Maker,
-    channels,
-    ids,
-    length_of,
-    seconds_of,
-    side,
-    sides,
-    spectrogram,
-    token,
-)
+from flopprof.errors import FlopprofError, UsageError
+from flopprof.models.hf_documented import Unsaid, documented, made, required
+from flopprof.models.hf_maker import Inputs, Maker, ids, length_of, token
+from flopprof.models.hf_pictures import GRIDS, clip, patches, picture, pictures, sized
 from flopprof.models.hf_placeholders import mixed
+from flopprof.models.hf_sound import spectrogram, spectrograms, wave, waves
+from flopprof.models.hf_trial import runs
 from flopprof.models.request import Request
 
-_FRAMES = 16
 _SEEN_OR_HEARD = re.compile(r"(^|_)(pixel_values|image_patches|flattened_patches|input_features|input_values)(_|$)")
+_MOST_TRIED = 40
 
 
 def make_inputs(model: nn.Module, request: Request, device: str) -> Inputs:
     """The inputs that one call of a transformers model takes. Raises UsageError where a size does not fit."""
     maker = Maker(model, request, device)
-    main = maker.model.main_input_name
-    main = main[0] if isinstance(main, list) else main
-    if main not in maker.taken:  # composed models name theirs loosely
-        main = next((name for name in _MAKERS if name in maker.taken), main)
-    found = mixed(maker)
-    if found is None and main in _MAKERS:
-        found = _MAKERS[main](maker)
-    if found is None:
-        raise UsageError(f"no input is known for {type(model).__name__}, which takes {main!r}: give --input SHAPE.")
+    found = mixed(maker) or _first_that_runs(maker)
     kwargs = dict(found.kwargs)
     if "use_cache" in maker.taken:  # a cache multiplies nothing, and is made of many objects
         kwargs["use_cache"] = False
@@ -54,6 +40,111 @@ def make_inputs(model: nn.Module, request: Request, device: str) -> Inputs:
     alone = "input_ids" in kwargs and not any(_SEEN_OR_HEARD.search(name) for name in kwargs)
     note = (f"only text was given: the model also takes {', '.join(left)}",) if left and alone else ()
     return Inputs(kwargs, found.tokens, found.samples, (*found.assumptions, *(note if not found.assumptions else ())))
+
+
+def _first_that_runs(maker: Maker) -> Inputs:
+    candidates = _candidates(maker)
+    first = next(candidates, None)
+    if first is None:
+        raise UsageError(
+            f"no input is known for {type(maker.model).__name__}, which takes {maker.model.main_input_name!r}: "
+            "give --input SHAPE."
+        )
+    if set(first.kwargs) <= {"input_ids", "decoder_input_ids"} and _usual(maker):
+        return first
+    for number, candidate in enumerate((first, *candidates)):
+        if runs(maker, candidate.kwargs):
+            return candidate
+        if number == _MOST_TRIED:
+            break
+    return first
+
+
+def _usual(maker: Maker) -> bool:
+    """Are ids of text documented as (batch, length), and nothing else as needed?"""
+    said = documented(maker.model.forward)
+    sizes = [len(item.sizes) for name, item in said.items() if name in ("input_ids", "decoder_input_ids")]
+    return all(size == 2 for size in sizes) and not _also_needed(maker, {"input_ids"})
+
+
+def _also_needed(maker: Maker, given: Any) -> list[str]:
+    """Documented as no option, though `forward` has a default."""
+    said = documented(maker.model.forward)
+    return [name for name, item in said.items() if not item.optional and name in maker.taken and name not in given]
+
+
+def _candidates(maker: Maker) -> Iterator[Inputs]:
+    """Inputs that the model may take, the likeliest first."""
+    main = maker.model.main_input_name
+    main = main[0] if isinstance(main, list) else main
+    if main not in maker.taken:  # composed models name theirs loosely
+        main = next((name for name in _MAKERS if name in maker.taken), main)
+    problem: FlopprofError | None = None
+    base = Inputs({}, None, maker.request.batch)
+    if main in _MAKERS and main in maker.taken:
+        try:
+            base = _MAKERS[main](maker)
+        except FlopprofError as error:
+            if maker.request.seq is not None or maker.request.audio_seconds is not None:  # what was asked for is wrong
+                raise
+            problem = error
+    needed = required(maker.model.forward)
+    others = [name for name in _PARTS if name in maker.taken]
+    any_made = False
+    seen: list[set[str]] = []
+    for also in ([], _also_needed(maker, base.kwargs), others):
+        names = list(dict.fromkeys([*([main] if main in _PARTS and main in maker.taken else []), *needed, *also]))
+        found = _completed(maker, base, names)
+        if found is None or set(found.kwargs) in seen or not found.kwargs:
+            continue
+        seen.append(set(found.kwargs))
+        any_made = True
+        yield found
+        yield from _varied(maker, found)
+    if not any_made and problem is not None:
+        raise problem
+
+
+def _completed(maker: Maker, base: Inputs, names: list[str]) -> Inputs | None:
+    """With inputs of these names too; None where one is not known."""
+    kwargs, notes = dict(base.kwargs), list(base.assumptions)
+    said = documented(maker.model.forward)
+    for name in names:
+        if name in kwargs:
+            continue
+        try:
+            if name in _PARTS:
+                kwargs.update(_PARTS[name](maker))
+            elif name == "hidden_states" and any(grid in maker.taken for grid in GRIDS):
+                kwargs.update(next(patches(maker, maker.request.batch, name)))
+            elif name in GRIDS or name == "merge_sizes":
+                kwargs.update({**next(patches(maker, maker.request.batch, "pixel_values")), **kwargs})
+            else:
+                kwargs[name] = made(maker, name, said.get(name), notes)
+        except (Unsaid, FlopprofError):
+            return None
+    return replace(base, kwargs=kwargs, assumptions=tuple(notes))
+
+
+def _varied(maker: Maker, found: Inputs) -> Iterator[Inputs]:
+    """The same with one of its inputs in another layout."""
+    for name in found.kwargs:
+        if name == "hidden_states" and any(grid in maker.taken for grid in GRIDS):
+            layouts: Iterator[dict[str, Any]] = patches(maker, maker.request.batch, name)
+        elif name in _LAYOUTS:
+            layouts = _LAYOUTS[name](maker)
+        elif name in documented(maker.model.forward):
+            layouts = iter([{name: made(maker, name, documented(maker.model.forward)[name], [])}])
+        else:
+            continue
+        for layout in layouts:
+            kwargs = {**found.kwargs, **layout}
+            for mask in [name for name in kwargs if name.endswith("_mask") and name not in layout]:
+                frames = layout.get("frames")
+                if isinstance(frames, int):
+                    kwargs[mask] = maker.whole(torch.ones(maker.request.batch, frames, dtype=torch.int64))
+            kwargs.pop("frames", None)
+            yield replace(found, kwargs=kwargs)
 
 
 # --- text ---------------------------------------------------------------------------------------
@@ -70,7 +161,7 @@ def _text(maker: Maker) -> Inputs:
         kwargs["bbox"] = maker.whole(torch.zeros(batch, length, 4, dtype=torch.int64))
     dual = "pixel_values" in maker.taken and not both
     if "pixel_values" in maker.taken:
-        kwargs.update(_picture(maker))
+        kwargs.update(picture(maker))
     return Inputs(kwargs, None if dual else batch * length, batch)
 
 
@@ -83,7 +174,7 @@ def _decoder(maker: Maker, length: int) -> dict[str, Any]:
 # --- pictures -----------------------------------------------------------------------------------
 def _vision(maker: Maker) -> Inputs:
     batch = maker.request.batch
-    kwargs = _picture(maker)
+    kwargs = picture(maker)
     if "input_ids" in maker.taken:  # CLIP and its kin, and captioners
         length = length_of(maker)
         kwargs["input_ids"] = ids(maker, batch, length)
@@ -94,57 +185,9 @@ def _vision(maker: Maker) -> Inputs:
     return Inputs(kwargs, None, batch)
 
 
-def _picture(maker: Maker) -> dict[str, Any]:
-    if "spatial_shapes" in maker.taken and isinstance(getattr(maker.vision, "patch_size", None), int):
-        return _flattened(maker)
-    kwargs: dict[str, Any] = {"pixel_values": _pixels(maker)}
-    native = side(maker.vision)
-    if maker.request.image_size not in (None, native) and "interpolate_pos_encoding" in maker.taken:
-        kwargs["interpolate_pos_encoding"] = True
-    return kwargs
-
-
-def _flattened(maker: Maker) -> dict[str, Any]:
-    """Pictures of any shape: their patches, one row each, which of them are real, and (rows, columns)."""
-    batch, patch = maker.request.batch, int(maker.vision.patch_size)
-    rows, columns = (max(1, pixels // patch) for pixels in sides(maker))
-    kwargs: dict[str, Any] = {
-        "pixel_values": maker.floats(batch, rows * columns, channels(maker.vision) * patch * patch),
-        "spatial_shapes": maker.whole(torch.tensor([[rows, columns]] * batch)),
-    }
-    if "pixel_attention_mask" in maker.taken:
-        kwargs["pixel_attention_mask"] = maker.whole(torch.ones(batch, rows * columns, dtype=torch.int64))
-    return kwargs
-
-
-def _pixels(maker: Maker, count: int | None = None) -> torch.Tensor:
-    """(batch, channels, height, width), with frames after batch where the config counts frames."""
-    height, width = sides(maker)
-    frames = getattr(maker.vision, "num_frames", None) if count is None else None
-    lead = (maker.request.batch, frames) if isinstance(frames, int) else (count or maker.request.batch,)
-    return maker.floats(*lead, channels(maker.vision), height, width)
-
-
-def _clip(maker: Maker) -> Inputs:
-    vision = maker.vision
-    frames = next((n for n in (getattr(vision, k, None) for k in ("frames_per_clip", "num_frames")) if n), _FRAMES)
-    height, width = sides(maker)
-    shape = (maker.request.batch, int(frames), channels(vision), height, width)
-    return Inputs({"pixel_values_videos": maker.floats(*shape)}, None, maker.request.batch)
-
-
 # --- sound --------------------------------------------------------------------------------------
 def _wave(maker: Maker) -> Inputs:
-    """`input_values`: sound itself, or a spectrogram where the config counts mel bins and a length."""
-    batch, config = maker.request.batch, maker.config
-    bins, longest = getattr(config, "num_mel_bins", None), getattr(config, "max_length", None)
-    if isinstance(bins, int) and isinstance(longest, int):
-        wave = maker.floats(batch, longest, bins)
-    else:
-        samples = round(seconds_of(maker) * int(getattr(config, "sampling_rate", None) or RATE))
-        channels = getattr(config, "audio_channels", None)
-        wave = maker.floats(*((batch, channels) if isinstance(channels, int) else (batch,)), samples)
-    return _heard(maker, "input_values", wave)
+    return _heard(maker, "input_values", wave(maker))
 
 
 def _features(maker: Maker) -> Inputs:
@@ -165,7 +208,22 @@ def _heard(maker: Maker, name: str, sound: torch.Tensor) -> Inputs:
 _MAKERS: Mapping[str, Callable[[Maker], Inputs]] = {
     "input_ids": _text,
     "pixel_values": _vision,
-    "pixel_values_videos": _clip,
+    "pixel_values_videos": lambda maker: Inputs({"pixel_values_videos": clip(maker)}, None, maker.request.batch),
     "input_values": _wave,
     "input_features": _features,
+}
+_PARTS: Mapping[str, Callable[[Maker], dict[str, Any]]] = {
+    "input_ids": lambda maker: {"input_ids": ids(maker, maker.request.batch, length_of(maker))},
+    "pixel_values": picture,
+    "pixel_values_videos": lambda maker: {"pixel_values_videos": clip(maker)},
+    "input_values": lambda maker: {"input_values": wave(maker)},
+    "input_features": lambda maker: {"input_features": spectrogram(maker)[0]},
+}
+_LAYOUTS: Mapping[str, Callable[[Maker], Iterator[dict[str, Any]]]] = {
+    "pixel_values": pictures,
+    "pixel_values_videos": lambda maker: ({"pixel_values_videos": clip(other)} for other in sized(maker)),
+    "input_values": lambda maker: ({"input_values": sound} for sound in waves(maker)),
+    "input_features": lambda maker: (
+        {"input_features": sound, "frames": frames} for sound, frames in spectrograms(maker)
+    ),
 }

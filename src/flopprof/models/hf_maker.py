@@ -1,4 +1,4 @@
-"""What the inputs of a transformers model are made with: the sizes of its config, ids, pixels and sound."""
+"""What the inputs of a transformers model are made with: the sizes of its config, ids and pixels."""
 
 from __future__ import annotations
 
@@ -16,10 +16,8 @@ from flopprof.models.inputs import InputSpec, make_input
 from flopprof.models.request import Request
 
 _TOKENS = 512  # where neither --seq nor the model's positions say less
-_SECONDS = 10.0
 SIDE = 224
 RATE = 16_000  # samples a second, of every speech model
-_MEL_RATE = 100  # frames a second of a mel spectrogram with steps of 10 ms
 _MOST_IDS = 1 << 22  # beyond, ids have no values
 _VISION = (
     "vision_config",
@@ -30,8 +28,6 @@ _VISION = (
     "encoder",
 )
 TEXT_PARTS = ("text_config", "thinker_config", "llm_config", "decoder", "language_config")
-_SOUND = ("audio_config", "encoder_config", "audio_encoder_config")
-_BINS = ("input_feat_per_channel", "input_feat_size", "feature_size", "input_dim")
 _POSITIONS = re.compile(r"(^|[._])(wpe|pos|positions?|position_embeddings?|embed_positions?|pos_embeddings?)$")
 _OTHER_TOWER = re.compile(r"vision|visual|image|audio|speech|qformer|patch")
 _SPECIAL = re.compile(r"(token|start|end|bos|eos|pad|cls|sep|mask|image|video|audio)_(token_)?(id|ids|index|indices)$")
@@ -54,6 +50,7 @@ class Maker:
     model: Any
     request: Request
     device: str
+    side: int | None = None  # of pictures, where the config's is not right
 
     @property
     def config(self) -> Any:
@@ -144,22 +141,23 @@ def sides(maker: Maker) -> tuple[int, int]:
     """(height, width) of every picture."""
     if maker.request.image_size is not None:
         return maker.request.image_size, maker.request.image_size
-    native = side(maker.vision)
+    native = maker.side or side(maker.vision)
     return native if isinstance(native, tuple) else (native, native)
 
 
 def side(vision: Any) -> Any:
     """The config's picture size, as one number or (height, width)."""
-    for name in ("image_size", "img_size", "input_size", "crop_size"):
-        value = getattr(vision, name, None)
-        if isinstance(value, Mapping):
-            value = [value.get("height"), value.get("width")]
-        if isinstance(value, list | tuple) and len(value) >= 2 and all(isinstance(n, int) for n in value):
-            return (value[-2], value[-1]) if value[-2] != value[-1] else value[-1]
-        if isinstance(value, list | tuple) and len(value) == 1:
-            value = value[0]
-        if isinstance(value, int) and value > 0:
-            return value
+    for config in every_part(vision):
+        for name in ("image_size", "img_size", "input_size", "crop_size"):
+            value = getattr(config, name, None)
+            if isinstance(value, Mapping):
+                value = [value.get("height"), value.get("width")]
+            if isinstance(value, list | tuple) and len(value) >= 2 and all(isinstance(n, int) for n in value):
+                return (value[-2], value[-1]) if value[-2] != value[-1] else value[-1]
+            if isinstance(value, list | tuple) and len(value) == 1:
+                value = value[0]
+            if isinstance(value, int) and value > 0:
+                return value
     return SIDE
 
 
@@ -178,41 +176,17 @@ def part(config: Any, names: tuple[str, ...]) -> Any:
     return config
 
 
+def every_part(config: Any) -> Iterator[Any]:
+    """A config and those inside it, outermost first."""
+    waiting = [config]
+    while waiting:
+        config = waiting.pop(0)
+        yield config
+        inner = vars(config).values()
+        waiting += [value for value in inner if hasattr(value, "to_dict") and hasattr(value, "model_type")]
+
+
 def token(config: Any, name: str) -> int | None:
     """A config's id of a special token; None where it has none."""
     value = getattr(config, name, None)
     return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None
-
-
-# --- sound --------------------------------------------------------------------------------------
-def seconds_of(maker: Maker) -> float:
-    """--audio-seconds, or the usual length."""
-    return maker.request.audio_seconds or _SECONDS
-
-
-def spectrogram(maker: Maker) -> tuple[torch.Tensor, int]:
-    """(`input_features`, its frames): (batch, bins, time) in fixed windows as Whisper's; else (batch, time, bins).
-
-    Raises UsageError where the config counts no bins, or the sound is longer than the window.
-    """
-    batch, config = maker.request.batch, maker.config
-    encoder = part(config, _SOUND)
-    seconds = seconds_of(maker)
-    stacked = getattr(encoder, "feature_projection_input_dim", None)
-    bins, window = getattr(encoder, "num_mel_bins", None), getattr(encoder, "max_source_positions", None)
-    single = next((value for value in (getattr(encoder, name, None) for name in _BINS) if isinstance(value, int)), bins)
-    if isinstance(stacked, int):  # pairs of frames side by side
-        frames = round(seconds * _MEL_RATE / 2)
-        return maker.floats(batch, frames, stacked), frames
-    if isinstance(bins, int) and isinstance(window, int) and single is bins:
-        frames = 2 * window  # the stride of the encoder's second convolution
-        if maker.request.audio_seconds is not None and maker.request.audio_seconds * _MEL_RATE > frames:
-            raise UsageError(
-                f"--audio-seconds {maker.request.audio_seconds:g} is longer than the model's window of "
-                f"{frames / _MEL_RATE:g} s: raise --batch, one sample a window."
-            )
-        return maker.floats(batch, bins, frames), frames
-    if isinstance(single, int):
-        frames = max(1, round(seconds * _MEL_RATE))
-        return maker.floats(batch, frames, single), frames
-    raise UsageError(f"the config of {type(maker.model).__name__} counts no mel bins: give --input SHAPE.")

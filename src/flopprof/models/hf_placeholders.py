@@ -6,27 +6,20 @@ import inspect
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
 
-from flopprof.counting.values import carried
+from flopprof.counting.values import carried, needs_values
 from flopprof.errors import FlopprofError, ModelFailed, UsageError
-from flopprof.models.hf_maker import (
-    SIDE,
-    TEXT_PARTS,
-    Inputs,
-    Maker,
-    channels,
-    ids,
-    length_of,
-    part,
-    side,
-    sides,
-    spectrogram,
-    token,
-)
+from flopprof.models.hf_documented import Unsaid, documented, made, required
+from flopprof.models.hf_maker import TEXT_PARTS, Inputs, Maker, channels, ids, length_of, part, sides, token
+from flopprof.models.hf_pictures import GRIDS, flattened, patches, sized
+from flopprof.models.hf_sound import spectrogram, spectrograms
 from flopprof.models.inputs import first_line
+
+_MOST_TRIED = 24
 
 
 @dataclass(frozen=True)
@@ -105,22 +98,21 @@ def _pictures(maker: Maker, count: int) -> tuple[dict[str, Any], int]:
     """(the pictures, placeholders for each): the first of the layouts that the model's encoder takes."""
     if "aspect_ratio_ids" in maker.taken:
         return _tiles(maker), 1
-    if "image_grid_thw" in maker.taken:
-        layouts: Iterator[dict[str, Any]] = iter([_patches(maker, count)])
-    else:
-        layouts = _layouts(maker, count)
     problem: Exception | None = None
-    for layout in layouts:
+    for layout in islice(_layouts(maker, count), _MOST_TRIED):
         try:
             return layout, _placeholders(maker, "get_image_features", layout, count)
         except FlopprofError as error:
-            if not isinstance(error, ModelFailed):
-                raise
             problem = problem or error
+            if isinstance(error.__cause__, Exception) and needs_values(error.__cause__):
+                break  # a layout that it takes
     raise problem or UsageError(f"{type(maker.model).__name__} takes pictures in no known layout: --images 0.")
 
 
 def _layouts(maker: Maker, count: int) -> Iterator[dict[str, Any]]:
+    if any(name in maker.taken for name in GRIDS):
+        yield from patches(maker, count, "pixel_values")
+        return
     height, width = sides(maker)
     one = (channels(maker.vision), height, width)
     sizes = {"image_sizes": maker.whole(torch.tensor([[height, width]] * count))}
@@ -131,26 +123,23 @@ def _layouts(maker: Maker, count: int) -> Iterator[dict[str, Any]]:
         number = tiles([height, width], grid, height) if tiles is not None else 1
         yield {"pixel_values": maker.floats(count, number, *one), **sizes}
         return
-    if "pixel_attention_mask" in maker.taken:
-        yield {"pixel_values": maker.floats(maker.request.batch, maker.request.images, *one)}
-        return
-    yield {"pixel_values": maker.floats(count, *one)}
-    if "image_sizes" in maker.taken:
-        yield {"pixel_values": maker.floats(count, *one), **sizes}
-
-
-def _patches(maker: Maker, count: int) -> dict[str, Any]:
-    """Flattened patches of every picture one after the other, and their grids of (time, height, width)."""
-    vision = maker.vision
-    patch, merge = int(vision.patch_size), int(getattr(vision, "spatial_merge_size", 1))
-    known = maker.request.image_size is not None or side(vision) != SIDE
-    pixels = sides(maker) if known else (2 * SIDE, 2 * SIDE)
-    rows, columns = (max(1, round(pixel / (patch * merge))) * merge for pixel in pixels)
-    width = channels(vision) * int(getattr(vision, "temporal_patch_size", 1)) * patch * patch
-    return {
-        "pixel_values": maker.floats(count * rows * columns, width),
-        "image_grid_thw": maker.whole(torch.tensor([[1, rows, columns]] * count)),
-    }
+    if "spatial_shapes" in maker.taken:
+        yield flattened(maker, count)
+    for other in (maker, *sized(maker)):
+        height, width = sides(other)
+        one = (channels(maker.vision), height, width)
+        if "pixel_attention_mask" in maker.taken:
+            yield {"pixel_values": maker.floats(maker.request.batch, maker.request.images, *one)}
+            continue
+        sizes = {"image_sizes": maker.whole(torch.tensor([[height, width]] * count))}
+        yield {"pixel_values": maker.floats(count, *one)}
+        if "image_sizes" in maker.taken:
+            yield {"pixel_values": maker.floats(count, *one), **sizes}
+    patch = getattr(maker.vision, "patch_size", None)
+    if isinstance(patch, int):  # a row for each patch
+        height, width = sides(maker)
+        shape = (count, max(1, height // patch) * max(1, width // patch), channels(maker.vision) * patch * patch)
+        yield {"pixel_values": maker.floats(*shape)}
 
 
 def _tiles(maker: Maker) -> dict[str, Any]:
@@ -169,16 +158,32 @@ def _tiles(maker: Maker) -> dict[str, Any]:
 
 # --- sound --------------------------------------------------------------------------------------
 def _sound(maker: Maker) -> tuple[dict[str, Any], int]:
-    features, frames = spectrogram(maker)
+    problem: FlopprofError | None = None
+    for layout in islice(_spectrograms(maker), _MOST_TRIED):
+        try:
+            return layout, _placeholders(maker, "get_audio_features", layout, maker.request.batch)
+        except FlopprofError as error:
+            problem = problem or error
+    raise UsageError(f"{problem} --audio-seconds 0 counts the text alone.") from problem
+
+
+def _spectrograms(maker: Maker) -> Iterator[dict[str, Any]]:
+    try:
+        yield _masked(maker, *spectrogram(maker))
+    except UsageError:
+        if maker.request.audio_seconds is not None:
+            raise
+    for features, frames in spectrograms(maker):
+        yield _masked(maker, features, frames)
+
+
+def _masked(maker: Maker, features: torch.Tensor, frames: int) -> dict[str, Any]:
     kwargs: dict[str, Any] = {"input_features": features}
-    for name in ("input_features_mask", "feature_attention_mask"):
+    for name in ("input_features_mask", "feature_attention_mask", "padding_mask"):
         if name in maker.taken:
             kind = torch.int64 if name == "feature_attention_mask" else torch.bool
             kwargs[name] = maker.whole(torch.ones(maker.request.batch, frames, dtype=kind))
-    try:
-        return kwargs, _placeholders(maker, "get_audio_features", kwargs, maker.request.batch)
-    except FlopprofError as error:
-        raise UsageError(f"{error} --audio-seconds 0 counts the text alone.") from error
+    return kwargs
 
 
 # --- how many -----------------------------------------------------------------------------------
@@ -192,7 +197,13 @@ def _placeholders(maker: Maker, method: str, given: Mapping[str, Any], count: in
     named = [item for item in known.values() if item.kind not in (item.VAR_POSITIONAL, item.VAR_KEYWORD)]
     taken = {name: value for name, value in given.items() if not named or name in known}
     try:
-        with torch.no_grad(), carried(lambda _: None):
+        for name in required(encode):
+            if name not in taken:
+                taken[name] = made(maker, name, documented(encode).get(name), [])
+    except Unsaid as error:
+        raise UsageError(f"{type(maker.model).__name__}.{method} also takes {error}, which nothing tells.") from error
+    try:
+        with torch.no_grad(), carried(lambda _: None, model=maker.model):
             if maker.device == "meta":
                 taken = {name: value.to("meta") for name, value in taken.items()}
             features = _tensors(encode(**taken))

@@ -1,0 +1,133 @@
+"""What the documentation of a transformers model says of its inputs: dtype, shape, and whether they may be left out."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import operator
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from flopprof.models.hf_maker import Maker, channels, every_part, ids, length_of, sides
+
+_ITEM = re.compile(r"^ {2,12}(\w+) \((.*?)\)\s*:\s*$", re.MULTILINE)
+_SHAPE = re.compile(r"of shape\s*`?[(\[](.*?)[)\]]`")
+_WORDS_IN_BRACKETS = re.compile(r"\([^()]*[^\w\s*+/()-][^()]*\)")  # `total_classes (>= batch_size)`
+_ANY = 16  # of what the config does not count
+_ARITHMETIC: Mapping[type, Callable[[int, int], int]] = {
+    ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.FloorDiv: operator.floordiv,
+    ast.Div: operator.floordiv, ast.Pow: operator.pow,
+}  # fmt: skip
+_LENGTHS = frozenset(
+    {"sequence_length", "seq_len", "seq_length", "text_length", "target_sequence_length", "episode_length"}
+)
+
+
+@dataclass(frozen=True)
+class Documented:
+    """One input: its kind of tensor, the sizes as they are spelled, and whether it may be left out."""
+
+    kind: str
+    sizes: tuple[str, ...]
+    optional: bool
+
+
+def documented(function: Any) -> dict[str, Documented]:
+    """What the docstring of `function` says of its tensors, by name; empty where it says nothing."""
+    found = {}
+    for name, said in _ITEM.findall((inspect.getdoc(function) and (function.__doc__ or "")) or ""):
+        shape = _SHAPE.search(said + "`")
+        if shape is not None:
+            sizes = _WORDS_IN_BRACKETS.sub("", shape.group(1))
+            kind = re.search(r"(Long|Int|Bool|Float)?Tensor", said)
+            found[name] = Documented(
+                (kind.group(1) if kind else None) or "",
+                tuple(size.strip() for size in sizes.split(",") if size.strip()),
+                "optional" in said,
+            )
+    return found
+
+
+def required(function: Any) -> list[str]:
+    """The names of the arguments without which `function` cannot be called."""
+    return [
+        name
+        for name, item in inspect.signature(function).parameters.items()
+        if item.default is item.empty and item.kind in (item.POSITIONAL_OR_KEYWORD, item.KEYWORD_ONLY)
+    ]
+
+
+class Unsaid(Exception):
+    """Neither the documentation nor the config says what this input is."""
+
+
+def made(maker: Maker, name: str, said: Documented | None, notes: list[str]) -> torch.Tensor:
+    """The input of that name, sized by the config. Notes a size that nothing tells. Raises Unsaid."""
+    if said is None:
+        raise Unsaid(name)
+    shape = [_size(maker, spelled, name, notes) for spelled in said.sizes]
+    if name.endswith("input_ids") and len(shape) == 2:
+        return ids(maker, *shape)
+    if "mask" in name and "pixel" not in name and said.kind != "Float":
+        return maker.whole(torch.ones(shape, dtype=torch.bool if said.kind == "Bool" else torch.int64))
+    if said.kind == "Bool":
+        return maker.whole(torch.ones(shape, dtype=torch.bool))
+    if name.endswith(("position_ids", "timesteps")) and shape:
+        return maker.whole(torch.arange(shape[-1]).expand(shape).contiguous())
+    if said.kind in ("Long", "Int") or name.endswith(("_ids", "_sizes")):
+        value = 1 if name.endswith("_sizes") else 0
+        return maker.whole(torch.full(shape, value, dtype=torch.int64))
+    return maker.floats(*shape)
+
+
+def _size(maker: Maker, spelled: str, name: str, notes: list[str]) -> int:
+    words = spelled.strip("` ")
+    try:
+        return max(1, _value(maker, ast.parse(words.replace(" ", "_") if " of " in words else words).body[0]))
+    except (LookupError, SyntaxError, IndexError, ZeroDivisionError, RecursionError):
+        notes.append(f"{spelled} of {name} is taken to be {_ANY}, which the config does not say")
+        return _ANY
+
+
+def _value(maker: Maker, node: Any) -> int:
+    if isinstance(node, ast.Expr):
+        return _value(maker, node.value)
+    if isinstance(node, ast.Constant) and type(node.value) is int:
+        return node.value
+    if isinstance(node, ast.BinOp) and type(node.op) in _ARITHMETIC:
+        return _ARITHMETIC[type(node.op)](_value(maker, node.left), _value(maker, node.right))
+    if isinstance(node, ast.Attribute):  # config.block_size
+        return _named(maker, node.attr)
+    if isinstance(node, ast.Name):
+        return _named(maker, node.id)
+    raise LookupError(ast.dump(node))
+
+
+def _named(maker: Maker, name: str) -> int:
+    """The number that a name of the documentation stands for. Raises LookupError."""
+    if name in ("batch_size", "batch", "bs"):
+        return maker.request.batch
+    if name in _LENGTHS:
+        return length_of(maker)
+    if name in ("num_images", "num_images_or_videos", "num_videos"):
+        return maker.request.batch * max(1, maker.request.images)
+    if name in ("height", "width", "image_size", "frame_size"):
+        return sides(maker)[name == "width"]
+    if name in ("num_channels", "in_channels"):
+        return channels(maker.vision)
+    value = next(_numbers(maker, (name, f"num_{name}", name.removeprefix("num_"), f"{name}s", f"{name}_length")), None)
+    if value is None:
+        raise LookupError(name)
+    return value
+
+
+def _numbers(maker: Maker, names: tuple[str, ...]) -> Iterator[int]:
+    for config in every_part(maker.config):
+        for name in names:
+            value = getattr(config, name, None)
+            if type(value) is int and value > 0:
+                yield value

@@ -1,0 +1,74 @@
+"""Default configurations of transformers with fewer layers: as few as still hold every kind of layer there is."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+# `num_hidden_layers`, `encoder_layers`, `n_layer`, `depth`: a stack. `depths`, `encoder_layers` as a list: of stages.
+_STACK = re.compile(
+    r"^(num_|n_)?((text|vision|audio|semantic|acoustic|hidden|encoder|decoder|attention|conv|transformer|dit|query|"
+    r"memory|mask|language|cross|speech|prompt|codec|flow)_)*(layers?|depth|blocks?)$"
+)
+_STAGES = re.compile(r"(^|_)(layers|depths|blocks)$")
+_PERIOD = re.compile(r"period|interval|offset|frequency|every|_step$|first_k_dense_replace|pattern|_freq$")
+_FEW = 2
+_DEEP = 6  # stacks of so many are left as they are: stages are counted by the same names
+_LONGEST_PERIOD = 12
+
+
+def reduced(config: Any) -> Iterator[dict[str, Any]]:
+    """The fields of its config.json with few layers, then as they are, for whom few are too few."""
+    facts = config.to_dict()
+    fewer = _cut(facts, _needed(config))
+    if fewer != facts:
+        yield fewer
+    yield facts
+
+
+def _needed(config: Any) -> int:
+    """Layers that hold every kind: all of those listed, and one whole period of those that take turns."""
+    needed = _FEW
+    for part in parts(config):
+        facts = part.to_dict()
+        for name, value in facts.items():
+            if isinstance(name, str) and _PERIOD.search(name) and type(value) is int and value < _LONGEST_PERIOD:
+                needed = max(needed, value + 1)
+        for name in (*facts, "layer_types", "layers_block_type"):
+            value = getattr(part, str(name), None)
+            if isinstance(value, list) and value and all(isinstance(item, str | bool) for item in value):
+                needed = max(needed, max(value.index(kind) for kind in set(value)) + 1)
+    return needed
+
+
+def parts(config: Any) -> Iterator[Any]:
+    """A configuration and those inside it."""
+    yield config
+    for value in vars(config).values():
+        if hasattr(value, "to_dict") and hasattr(value, "model_type"):
+            yield from parts(value)
+
+
+def _cut(facts: Any, depth: int) -> Any:
+    """The same with stacks of at most `depth` layers, and what is listed for each layer as long."""
+    if isinstance(facts, list):
+        return [_cut(item, depth) for item in facts]
+    if not isinstance(facts, dict):
+        return facts
+    deep = {
+        name: value
+        for name, value in facts.items()
+        if isinstance(name, str) and _STACK.search(name) and type(value) is int and value > max(depth, _DEEP)
+    }
+    made = {}
+    for name, value in facts.items():
+        if name in deep:
+            made[name] = depth
+        elif isinstance(value, list) and value and all(type(item) is int for item in value) and _STAGES.search(name):
+            made[name] = [min(item, _FEW) for item in value]
+        elif isinstance(value, list) and len(value) in deep.values():
+            made[name] = value[:depth]
+        else:
+            made[name] = _cut(value, depth)
+    return made

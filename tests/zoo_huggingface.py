@@ -1,0 +1,204 @@
+"""Every configuration that transformers registers for five Auto classes, counted on meta with its default sizes.
+
+    python tests/zoo_huggingface.py [--auto CausalLM] [--only PATTERN] [--failures]
+
+Reduced in depth, not in kind: fewer layers, all else as the class has it by default; forward and backward; nothing
+runs on real numbers. A configuration whose default does not build in transformers either is told apart.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import signal
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from flopprof.counting.values import carried
+from flopprof.errors import FlopprofError
+from flopprof.models.hf_config import load_transformers
+from flopprof.models.huggingface import load_config
+from flopprof.models.request import Request
+from hf_reduced import reduced
+
+AUTO = {
+    "CausalLM": "AutoModelForCausalLM",
+    "MaskedLM": "AutoModelForMaskedLM",
+    "Seq2SeqLM": "AutoModelForSeq2SeqLM",
+    "ImageClassification": "AutoModelForImageClassification",
+    "Model": "AutoModel",
+}
+LIMIT_S = 120
+REQUEST = Request(batch=1, image_size=None, inputs=(), device="meta", dtype=None, train=False, model_args={})
+
+Verdict = Literal["clean", "uncounted", "failed", "unbuilt"]
+
+
+@dataclass(frozen=True)
+class Registered:
+    """A model class that an Auto class builds of a kind of config."""
+
+    auto: str
+    kind: str
+    cls: str
+
+    def __str__(self) -> str:
+        return f"{self.auto}/{self.kind}/{self.cls}"
+
+
+@dataclass(frozen=True)
+class Tried:
+    """What became of one."""
+
+    what: Registered
+    verdict: Verdict
+    reason: str
+    flops: int
+    seconds: float
+
+
+class Late(BaseException):
+    """It took too long."""
+
+
+def registered(auto: str) -> Iterator[Registered]:
+    """What transformers registers for one of the five, by the name of its kind."""
+    transformers = load_transformers()
+    names = getattr(transformers, AUTO[auto])._model_mapping._model_mapping
+    for kind, classes in names.items():
+        for cls in (classes,) if isinstance(classes, str) else classes:
+            yield Registered(auto, kind, cls)
+
+
+def default(kind: str) -> Any:
+    """The default configuration of a kind."""
+    return load_transformers().CONFIG_MAPPING[kind]()
+
+
+def fault(what: Registered) -> str | None:
+    """Why transformers itself does not build the default on meta; None where it does."""
+    transformers = load_transformers()
+    auto = getattr(transformers, AUTO[what.auto])
+    try:
+        config = default(what.kind)
+        config.architectures = [what.cls]
+        with torch.device("meta"), carried(lambda _: None):
+            auto.from_config(config)
+    except Late:
+        raise
+    except Exception as error:  # whatever a constructor raises
+        return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+    return None
+
+
+def attempt(what: Registered) -> Tried:
+    """Build it, count it forward and backward, and say what came of it."""
+    start = time.monotonic()
+    verdict, reason, flops = "failed", "", 0
+    try:
+        with limited(LIMIT_S):
+            verdict, reason, flops = _attempt(what)
+    except Late:
+        reason = f"more than {LIMIT_S} s"
+    return Tried(what, verdict, reason, flops, time.monotonic() - start)
+
+
+def _attempt(what: Registered) -> tuple[Verdict, str, int]:
+    first = None
+    try:
+        sizes = list(reduced(default(what.kind)))
+    except Exception as error:
+        return "unbuilt", told(error), 0
+    for facts in sizes:
+        try:
+            workload = load_config(what.kind, {**facts, "architectures": [what.cls]}, REQUEST)
+            profile = workload.count(backward=True)
+        except Late:
+            raise
+        except Exception as error:
+            first = first or error
+            continue
+        if profile.uncounted:
+            return "uncounted", ", ".join(profile.uncounted), profile.model_flops
+        return "clean", "", profile.model_flops
+    assert first is not None
+    why = fault(what)
+    return ("failed", told(first), 0) if why is None else ("unbuilt", why, 0)
+
+
+def told(error: Exception) -> str:
+    """An error in one line, named where it is no sentence of ours."""
+    kind = "" if isinstance(error, FlopprofError) else f"{type(error).__name__}: "
+    return f"{kind}{' '.join(str(error).split())}"
+
+
+@contextmanager
+def limited(seconds: int) -> Iterator[None]:
+    """Raises Late inside after so long."""
+
+    def late(*_: Any) -> None:
+        raise Late
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def sweep(autos: list[str], only: str = "") -> Iterator[Tried]:
+    """Everything registered for these, one after the other; a class that two register is tried once."""
+    seen: dict[tuple[str, str], Tried] = {}
+    for auto in autos:
+        for what in registered(auto):
+            if re.search(only, str(what)):
+                known = seen.get((what.kind, what.cls))
+                if known is None:
+                    known = seen[what.kind, what.cls] = attempt(what)
+                yield Tried(what, known.verdict, known.reason, known.flops, known.seconds)
+
+
+def summary(results: list[Tried]) -> list[str]:
+    """For each Auto class and all together: registered, built, ran, counted with nothing uncounted, and the share."""
+    lines = [f"{'':20}{'registered':>11}{'built':>7}{'ran':>6}{'clean':>7}{'share':>8}"]
+    autos = [*dict.fromkeys(result.what.auto for result in results)]
+    for auto in [*autos, "all"]:
+        chosen = [result for result in results if auto in (result.what.auto, "all")]
+        built = [result for result in chosen if result.verdict != "unbuilt"]
+        ran = [result for result in built if result.verdict != "failed"]
+        clean = [result for result in ran if result.verdict == "clean"]
+        share = f"{100 * len(clean) / len(built):.1f} %" if built else "-"
+        lines.append(f"{auto:20}{len(chosen):>11}{len(built):>7}{len(ran):>6}{len(clean):>7}{share:>8}")
+    return lines
+
+
+def main() -> None:
+    """Print a line for each, and how many there are of each verdict."""
+    parser = argparse.ArgumentParser(description="Count every default configuration of transformers on meta.")
+    parser.add_argument("--auto", choices=[*AUTO], action="append", help="only these Auto classes")
+    parser.add_argument("--only", default="", help="only what this pattern finds, as in CausalLM/llama/")
+    parser.add_argument("--failures", action="store_true", help="no lines for clean ones")
+    given = parser.parse_args()
+    warnings.simplefilter("ignore")
+    load_transformers().logging.set_verbosity_error()
+    results = []
+    for result in sweep(given.auto or [*AUTO], given.only):
+        results.append(result)
+        if result.verdict != "clean" or not given.failures:
+            note = f" {result.reason}" if result.reason else f" {result.flops}"
+            print(f"{result.verdict:10}{result.seconds:6.1f} s  {result.what}{note}", flush=True)
+    print("\n".join(summary(results)))
+    sys.exit(0 if results else 2)
+
+
+if __name__ == "__main__":
+    main()
