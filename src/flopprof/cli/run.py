@@ -254,7 +254,7 @@ class _Line:
     def __init__(self, every: int | None) -> None:
         self._every = every
         self._steps = 0
-        self._last = time.monotonic()
+        self._last = 0.0
 
     def finished(self, meter: Contiguous) -> None:
         """One more step."""
@@ -264,6 +264,7 @@ class _Line:
                 return
         else:
             now = time.monotonic()
+            self._last = self._last or now
             if now - self._last < _PATIENCE_S:
                 return
             self._last = now

@@ -225,6 +225,17 @@ class Meter:
         finally:
             self._recorder.resume()
 
+    def passed(self, name: str, seconds: float) -> None:
+        """So long something took that lay between two steps: a row of its own."""
+        self._recorder.forget_outside()
+        self._history.passed(name, seconds)
+
+    def go_on_from(self, step: int) -> None:
+        """The next step has that number: the run was resumed from a checkpoint."""
+        if self._open is not None:
+            raise UsageError("a step of this meter is open: go on from a number between steps.")
+        self._begun = self._first = step
+
     def watch(self, model: torch.nn.Module) -> None:
         """One more model whose calls tell steps apart."""
         _check([model], self.attention)
@@ -261,9 +272,9 @@ class Meter:
         self._settle()
         return self._history.latest(steps)
 
-    def metrics(self, prefix: str = "flopprof/") -> dict[str, float]:
-        """The rolling figures as a flat dict for a logger: what is not known is left out."""
-        current = self.figures()
+    def metrics(self, prefix: str = "flopprof/", *, steps: int | None = None) -> dict[str, float]:
+        """The figures of so many steps (None: the rolling ones) as a flat dict for a logger, without what is unknown."""
+        current = self.figures(steps)
         if current is None:
             return {}
         found = {

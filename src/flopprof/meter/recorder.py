@@ -164,6 +164,10 @@ class Recorder:
             if "counted" not in step.left_out:
                 self.tracker.lose_sight()
 
+    def forget_outside(self) -> None:
+        """Somebody else takes the time of what runs between steps."""
+        self._outside = None
+
     def pause(self, name: str) -> None:
         """What runs from here on is no part of the step."""
         if self._span is not None:

@@ -12,14 +12,18 @@ import threading
 import weakref
 from collections.abc import Callable, Mapping
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn.modules import module as _modules
 
 from flopprof.counting.imports import WhenImported, replaced
 from flopprof.meter.recorder import Recorder, Root
+from flopprof.meter.timing import CudaTimer
 from flopprof.meter.watching import compiled_within
+
+if TYPE_CHECKING:
+    from flopprof.meter.meter import Meter
 
 _node = torch._C._current_autograd_node
 _thread = threading.get_ident
@@ -193,6 +197,20 @@ class Finder:
         if compiled_within(module) or isinstance(module, CompiledFunction):
             self._recorder.tracker.lose_sight()
         return number
+
+
+def find_roots(meter: Meter, parameter: torch.Tensor) -> Roots:
+    """For a meter that was given no models: its steps are those of whatever is called, on that parameter's device."""
+    move(meter, parameter)
+    return Roots(Finder(meter._recorder).called)
+
+
+def move(meter: Meter, parameter: torch.Tensor) -> None:
+    """What the meter's steps train is where that parameter is."""
+    meter._history.move(str(parameter.device))
+    meter.device = meter._history.device
+    if parameter.is_cuda:
+        meter._recorder.timer = CudaTimer()
 
 
 class CompiledFunction(torch.nn.Module):

@@ -25,9 +25,8 @@ from torch.utils.data import dataloader
 from flopprof.counting.imports import replaced
 from flopprof.meter.meter import Meter
 from flopprof.meter.recorder import OpenStep
-from flopprof.meter.roots import CompiledFunction, Finder, Roots
+from flopprof.meter.roots import CompiledFunction, Finder, Roots, move
 from flopprof.meter.summary import Summary
-from flopprof.meter.timing import CudaTimer
 from flopprof.meter.watching import instruments
 
 _node = torch._C._current_autograd_node
@@ -63,13 +62,6 @@ class Contiguous(Meter):
         if self._history.writes or len(self._late) >= 64:
             self._settle()
         return True
-
-    def move(self, parameter: torch.Tensor) -> None:
-        """What is trained is on that device."""
-        self._history.move(str(parameter.device))
-        self.device = self._history.device
-        if parameter.is_cuda:
-            self._recorder.timer = CudaTimer()
 
     def fits(self, parameter: torch.Tensor) -> bool:
         """Is what is trained where it was thought to be, or is it too late to ask?"""
@@ -218,7 +210,7 @@ class Script:
     def _begin(self, parameter: torch.Tensor) -> None:
         """The first step begins: in the middle of what the script does, so that its start is not another's."""
         self.meter = meter = self._make()
-        meter.move(parameter)
+        move(meter, parameter)
         self._finder = Finder(meter._recorder)
         meter.start_step()
         tracker = meter._recorder.tracker
