@@ -1,0 +1,163 @@
+"""Profiles and pages that the tests of the HTML report share."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from typing import Any
+
+import torch
+
+import flopprof
+from flopprof.profile import ElementwiseRow, ModuleRow, Operand, OperatorRow, ParameterRow, Profile, UncountedRow
+
+HOSTILE = (
+    "<script>alert(1)</script>",
+    "</script><img src=x onerror=alert(2)>",
+    "<b>bold</b>",
+    "&lt;&amp;",
+    "%{label}$\\alpha$",
+    "\"'><!--",
+)
+BATCH, INSIDE, OUTSIDE = 2, 8, 4
+
+
+class Hostile(torch.nn.Module):
+    """A chain of layers whose names are markup: 8 -> 8 each, then 8 -> 4."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in HOSTILE:
+            self.add_module(name, torch.nn.Linear(INSIDE, INSIDE))
+        self.head = torch.nn.Linear(INSIDE, OUTSIDE)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for name in HOSTILE:
+            x = self.get_submodule(name)(x)
+        return self.head(x)
+
+
+def hostile() -> Profile:
+    profile = flopprof.count(Hostile(), torch.zeros(BATCH, INSIDE), backward=True)
+    return rebuilt(profile, target='<script>target</script> & "co"', samples=BATCH)
+
+
+def rebuilt(profile: Profile, **fields: Any) -> Profile:
+    builtins = json.loads(profile.to_json()) | fields
+    return Profile.from_json(json.dumps(builtins))
+
+
+def synthetic(modules: int, *, scale: int = 1) -> Profile:
+    """So many modules with the root, no two alike: blocks of 24 layers, (16384, d) @ (d, 4096) forward, twice backward.
+
+    scale: multiplies every count.
+    """
+    rows = [ModuleRow(fqn="", cls="Net", calls=1)]
+    operators: list[OperatorRow] = []
+    parameters: list[ParameterRow] = []
+    number = 0
+    while len(rows) < modules:
+        block, place = divmod(number, 25)
+        name = f"encoder.stages.{block // 20}.blocks.{block % 20}"
+        number += 1
+        if place == 0:
+            rows.append(ModuleRow(fqn=name, cls="TransformerBlock", calls=1))
+            continue
+        half = "self_attention.projection" if place <= 12 else "feed_forward.intermediate_dense"
+        fqn, width = f"{name}.{half}_{place}", 64 + number
+        rows.append(
+            ModuleRow(
+                fqn=fqn,
+                cls="Linear",
+                calls=1,
+                parameters=width * 4096,
+                own_parameters=width * 4096,
+                output_shape=(8, 2048, 4096),
+            )
+        )
+        parameters.append(ParameterRow(name=f"{fqn}.weight", shape=(width, 4096)))
+        operators += _products(fqn, width, scale, site=str(number))
+    return Profile(
+        modules=tuple(rows),
+        operators=tuple(operators),
+        elementwise=(ElementwiseRow(op="aten::add", fqn=rows[-1].fqn, phase="forward", calls=1, flops=7),),
+        parameters=tuple(parameters),
+        target="synthetic",
+        tokens=16384,
+        samples=8,
+        n_params=sum(row.numel for row in parameters),
+        n_params_trainable=sum(row.numel for row in parameters),
+    )
+
+
+def _products(fqn: str, width: int, scale: int, site: str) -> Iterator[OperatorRow]:
+    flops = 2 * 16384 * width * 4096 * scale
+    operands = (
+        Operand(shape=(16384, width), dtype="bfloat16", factor=True),
+        Operand(shape=(width, 4096), dtype="bfloat16", kind="parameter", name=f"{fqn}.weight", factor=True),
+    )
+    for phase, times in (("forward", 1), ("backward", 2)):
+        yield OperatorRow(
+            op="aten::mm",
+            fqn=fqn,
+            phase=phase,  # type: ignore[arg-type]
+            dtype="bfloat16",
+            operands=operands,
+            outputs=((16384, 4096),),
+            calls=times,
+            flops=times * flops,
+            flops_full=times * flops,
+            flops_causal=times * flops,
+            bytes=times * 2 * (16384 * width + width * 4096 + 16384 * 4096),
+            parameter=f"{fqn}.weight",
+            site=site if phase == "forward" else "",
+            joined_to="" if phase == "forward" else site,
+        )
+
+
+def with_hole(profile: Profile) -> Profile:
+    """The same with an operator of no formula in the last module."""
+    hole = UncountedRow(op="mine::odd", fqn=profile.modules[-1].fqn, phase="forward", calls=3, reason="no formula.")
+    return rebuilt(profile, uncounted_rows=json.loads(Profile(uncounted_rows=(hole,)).to_json())["uncounted_rows"])
+
+
+class Page(HTMLParser):
+    """What a browser makes of a page: its tags with attributes, scripts, and the text outside scripts and styles."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.scripts: list[str] = []
+        self.words: list[str] = []
+        self._inside = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        self._inside = tag if tag in ("script", "style") else ""
+        if tag == "script":
+            self.scripts.append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        self._inside = ""
+
+    def handle_data(self, data: str) -> None:
+        if self._inside == "script":
+            self.scripts[-1] += data
+        elif not self._inside:
+            self.words.append(data)
+
+    @property
+    def text(self) -> str:
+        """All text that a person can read, spaces as one."""
+        return " ".join(" ".join(self.words).split())
+
+    @property
+    def data(self) -> Any:
+        """The JSON that the scripts read."""
+        place = next(i for i, (_, attrs) in enumerate(self._script_tags()) if attrs.get("id") == "data")
+        return json.loads(self.scripts[place])
+
+    def _script_tags(self) -> list[tuple[str, dict[str, str | None]]]:
+        return [(tag, attrs) for tag, attrs in self.tags if tag == "script"]
