@@ -176,7 +176,7 @@ def test_nothing_is_left_behind(checkpoint: Path) -> None:
 @pytest.mark.parametrize(
     ("facts", "reason"),
     [
-        ({"num_hidden_layers": 10**12}, "num_hidden_layers is 1000000000000; more than 4,096"),
+        ({"num_hidden_layers": 10**12}, "num_hidden_layers is 1000000000000; more than 2,048"),
         ({"num_hidden_layers": -1}, "not negative"),
         ({"num_hidden_layers": "two"}, "num_hidden_layers"),
         ({"num_hidden_layers": []}, "num_hidden_layers"),
@@ -186,6 +186,9 @@ def test_nothing_is_left_behind(checkpoint: Path) -> None:
         ({"hidden_size": {}}, "hidden_size"),
         ({"vocab_size": 10**20}, "vocab_size is 1e\\+20"),
         ({"num_labels": 10**12}, "num_labels"),
+        ({"num_labels": 10**6}, "num_labels is 1000000; more than 50,000"),
+        ({"num_local_experts": 10**6}, "num_local_experts is 1000000; more than 8,192"),
+        ({"num_local_experts": 8192, "num_hidden_layers": 64}, "8,192 experts in 64 layers; more than 65,536"),
         ({"text_config": {"num_layers": 10**12}}, "text_config.num_layers"),
         ({"depths": [2, 10**12]}, "depths.1"),
         ({"model_type": None}, "no model_type"),

@@ -26,11 +26,10 @@ _MOST_ITEMS = 100_000
 _DEEPEST = 32
 
 # What is built or listed one by one, in Python. Every other size is a dimension, which costs nothing on meta.
-_REPEATED = (
-    (re.compile(r"(^|_)(layers?|depths?|blocks?|stages?|levels?|codebooks?|quantizers?|hidden_layers)$"), 4096),
-    (re.compile(r"(^|_)(experts|expert_num)$"), 65_536),
-    (re.compile(r"^num_labels$"), 1_000_000),
-)
+_LAYERS = re.compile(r"(^|_)(layers?|depths?|blocks?|stages?|levels?|codebooks?|quantizers?|hidden_layers)$")
+_EXPERTS = re.compile(r"(^|_)(experts|expert_num)$")
+_REPEATED = ((_LAYERS, 2048), (_EXPERTS, 8192), (re.compile(r"^num_labels$"), 50_000))
+_MOST_EXPERTS = 65_536  # in all layers: Switch-C, the largest, has 2048 in 15
 _SIZES = re.compile(r"(^|_)(size|dim|d_model|d_ff|d_kv|n_embd|n_inner|n_positions|embeddings|channels|heads?|groups)$")
 _MOST = 10**9
 # Numbers that are no sizes: ids, which layer's output is meant, bases of rotations, lengths that mean "no limit".
@@ -76,6 +75,7 @@ def read_config(file: Path) -> dict[str, Any]:
 
 def check_config(facts: Mapping[str, Any], where: str) -> None:
     """Raises InvalidCheckpoint for a size that is negative, absurd or no number, naming the field."""
+    layers = experts = 1
     for items, (path, key, value) in enumerate(_walk(facts)):
         if items > _MOST_ITEMS or len(path) > _DEEPEST:
             raise InvalidCheckpoint(f"{where} is nested or filled beyond what any model needs.")
@@ -90,6 +90,13 @@ def check_config(facts: Mapping[str, Any], where: str) -> None:
             raise InvalidCheckpoint(
                 f"{where}: {'.'.join(path)} is {_number(value)}; more than {limit:,} are not built."
             )
+        if isinstance(value, int):
+            layers = max(layers, value) if _LAYERS.search(key) else layers
+            experts = max(experts, value) if _EXPERTS.search(key) else experts
+    if layers * experts > _MOST_EXPERTS:
+        raise InvalidCheckpoint(
+            f"{where}: {experts:,} experts in {layers:,} layers; more than {_MOST_EXPERTS:,} in all are not built."
+        )
 
 
 def _number(value: float) -> str:
