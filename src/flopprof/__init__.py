@@ -6,8 +6,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from flopprof.compare.assertion import assert_flops as assert_flops
     from flopprof.compare import diff as diff
+    from flopprof.compare.assertion import assert_flops as assert_flops
+    from flopprof.compare.comparison import Comparison as Comparison
+    from flopprof.compare.run import compare as compare
     from flopprof.counting.count import count as count
     from flopprof.counting.graph import trace as trace
     from flopprof.counting.runtime import FlopCounter as FlopCounter
@@ -30,6 +32,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0.dev0"
 
 _HOME = {
+    "Comparison": "flopprof.compare.comparison",
+    "compare": "flopprof.compare.run",
     "assert_flops": "flopprof.compare.assertion",
     "diff": "flopprof.compare",
     "count": "flopprof.counting.count",
@@ -52,6 +56,7 @@ _HOME = {
     "Profile": "flopprof.profile",
 }
 __all__ = [
+    "Comparison",
     "Cost",
     "FlopCounter",
     "FlopprofError",
@@ -61,6 +66,7 @@ __all__ = [
     "Profile",
     "Workload",
     "assert_flops",
+    "compare",
     "count",
     "diff",
     "inference",
