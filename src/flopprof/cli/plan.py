@@ -86,8 +86,12 @@ def plan(
         str | None,
         typer.Option(help="Model FLOPs utilisation: 0.4 or 40%; default: 1.", metavar="SHARE", rich_help_panel=_RUN),
     ] = None,
-    devices: Annotated[int | None, typer.Option(metavar="N", min=1, rich_help_panel=_RUN)] = None,
-    days: Annotated[float | None, typer.Option(metavar="DAYS", rich_help_panel=_RUN)] = None,
+    devices: Annotated[
+        int | None, typer.Option(help="Accelerators that train together.", metavar="N", min=1, rich_help_panel=_RUN)
+    ] = None,
+    days: Annotated[
+        float | None, typer.Option(help="Days that the training takes.", metavar="DAYS", rich_help_panel=_RUN)
+    ] = None,
     device_hours: Annotated[
         str | None, typer.Option(help="Of all devices together.", metavar="HOURS", rich_help_panel=_RUN)
     ] = None,
@@ -101,7 +105,9 @@ def plan(
         float, typer.Option(help="Power of the building over that of its devices.", rich_help_panel=_RUN)
     ] = 1.0,
     co2: Annotated[float | None, typer.Option(help="kg of CO2 a kWh.", metavar="KG", rich_help_panel=_RUN)] = None,
-    micro_batch: Annotated[int, typer.Option(metavar="N", min=1, rich_help_panel=_MEMORY)] = 1,
+    micro_batch: Annotated[
+        int, typer.Option(help="Sequences at a time on a device.", metavar="N", min=1, rich_help_panel=_MEMORY)
+    ] = 1,
     checkpointing: Annotated[
         Literal["none", "selective", "full"], typer.Option(help="Of activations.", rich_help_panel=_MEMORY)
     ] = "none",
@@ -119,8 +125,17 @@ def plan(
         bool, typer.Option("--sequence-parallel", help="Split norms over them too.", rich_help_panel=_MEMORY)
     ] = False,
     pp: Annotated[int, typer.Option(help="Pipeline stages.", metavar="N", min=1, rich_help_panel=_MEMORY)] = 1,
-    precision: Annotated[Literal["mixed", "fp32", "bf16"], typer.Option(rich_help_panel=_MEMORY)] = "mixed",
-    optimizer: Annotated[Literal["adamw", "momentum", "sgd"], typer.Option(rich_help_panel=_MEMORY)] = "adamw",
+    precision: Annotated[
+        Literal["mixed", "fp32", "bf16"],
+        typer.Option(
+            help="Of weights and optimizer; mixed: 16 bit, with 32-bit copies in the optimizer.",
+            rich_help_panel=_MEMORY,
+        ),
+    ] = "mixed",
+    optimizer: Annotated[
+        Literal["adamw", "momentum", "sgd"],
+        typer.Option(help="Whose states are kept: two, one or none a parameter.", rich_help_panel=_MEMORY),
+    ] = "adamw",
     keep_scores: Annotated[
         bool,
         typer.Option("--keep-scores", help="Attention keeps its scores: no fused kernel.", rich_help_panel=_MEMORY),
