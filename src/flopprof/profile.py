@@ -271,6 +271,12 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True):
 
         return reconcile(self, tokens)
 
+    def _repr_html_(self) -> str:
+        """Small tables for a notebook."""
+        from flopprof.report.notebook import profile_html
+
+        return profile_html(self)
+
     def to_json(self) -> str:
         """The whole profile as JSON, schema `flopprof.profile/1`."""
         return msgspec.json.encode(self, enc_hook=tuple).decode()

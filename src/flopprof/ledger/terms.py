@@ -130,6 +130,12 @@ class Ledger(msgspec.Struct, frozen=True, kw_only=True):
         """model FLOPs / (N T): what stands in the place of 6 (of 2, without a backward) in this very run."""
         return self.model_flops / (self.n_params * self.tokens) if self.n_params else float("nan")
 
+    def _repr_html_(self) -> str:
+        """A small table for a notebook."""
+        from flopprof.report.notebook import ledger_html
+
+        return ledger_html(self)
+
     def to_json(self) -> str:
         """Everything as JSON; of what follows from it `residual`, `model_flops` and `factor` too."""
         derived = {"residual": self.residual, "model_flops": self.model_flops, "factor": self.factor}
