@@ -11,6 +11,7 @@ import cases_products
 import cases_quantized
 import cases_recurrent
 import cases_thirdparty
+import cases_transforms
 
 CASES = [
     *cases_products.CASES,
@@ -19,6 +20,7 @@ CASES = [
     *cases_recurrent.CASES,
     *cases_quantized.CASES,
     *cases_thirdparty.CASES,
+    *cases_transforms.CASES,
 ]
 
 _PACKAGES = ("flash_attn", "flash_attn_3", "xformers", "xformers_flash", "bitsandbytes", "fbgemm", "tex_ts", "torchao")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -394,3 +395,20 @@ def test_function_of_torch_operators_is_counted_not_named() -> None:
 
 def test_what_is_seen_through_has_no_formula() -> None:
     assert not SEEN_THROUGH & set(RULES)
+
+
+@pytest.mark.parametrize("limit", [4, None])
+def test_what_a_cache_remembers_from_an_earlier_call_costs_nothing(limit: int | None) -> None:
+    class Ruler(nn.Module):
+        @functools.lru_cache(maxsize=limit)  # noqa: B019
+        def forward(self, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+            return torch.arange(length * 1.0).sin(), torch.ones(length)
+
+    class Outside(nn.Module):
+        def forward(self, length: int) -> torch.Tensor:
+            return torch.from_numpy(np.ones(length))
+
+    ruler, outside = Ruler(), Outside()
+    for _ in range(2):
+        assert counted(lambda: ruler(4)).uncounted == {}
+        assert counted(lambda: outside(4)).uncounted == {"Outside": 1}

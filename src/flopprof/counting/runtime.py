@@ -19,7 +19,7 @@ from flopprof.counting.lines import line_now, remember_line, running_line
 from flopprof.counting.operands import Sources
 from flopprof.counting.operators import PRODUCT_NODES, Entry, Kind, entries, learn
 from flopprof.counting.tally import Tally, first_shape
-from flopprof.counting.unseen import OUTSIDE, Unseen, passed_through, storages
+from flopprof.counting.unseen import OUTSIDE, Unseen, cached, passed_through, storages
 from flopprof.counting.whereabouts import Whereabouts
 from flopprof.formulas import Cost, LengthsUnknown
 from flopprof.formulas.elementwise import elementwise_flops
@@ -338,7 +338,7 @@ class FlopCounter(TorchDispatchMode):
             frame.output_shape = first_shape(output)
         if seen == self.seen and self.unseen.produced is None and not passed_through(inputs, output):
             made = storages(output)
-            if made and not made <= storages(inputs) and self._sources.apart(made):
+            if made and not made <= storages(inputs) and self._sources.apart(made) and not cached(output):
                 module = frame.module() if frame.module is not None else None
                 if module is None or not made <= storages([dict(vars(part)) for part in module.modules()]):
                     self._uncounted(frame.cls, frame, self.where.now()[1], inputs, OUTSIDE)

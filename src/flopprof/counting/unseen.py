@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -76,6 +77,18 @@ def storages(tree: Any) -> set[int]:
             except (RuntimeError, NotImplementedError):  # sparse, nested, functorch: no storage to look at
                 continue
     return found
+
+
+def cached(output: Any) -> bool:
+    """Does a functools.lru_cache hold every tensor of this output? Then an earlier call made it, and none did now."""
+    leaves = [leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor)]
+    return bool(leaves) and all(_is_cached(leaf, output) for leaf in leaves)
+
+
+def _is_cached(leaf: torch.Tensor, output: Any) -> bool:
+    holders = gc.get_referrers(leaf) + (gc.get_referrers(output) if output is not leaf else [])
+    unbounded = [holder for holder in holders if type(holder) is dict and holder]  # a cache without a limit is a dict
+    return any(type(holder).__module__ == "functools" for holder in (*holders, *gc.get_referrers(*unbounded)))
 
 
 def _is_wrapper(leaf: Any) -> bool:

@@ -3,7 +3,8 @@
 The convention, stated here once and printed everywhere: one multiply-add is 2 FLOPs, through a matrix product, a
 convolution, a recurrence or an attention operator, also where the summed dimension is 1. Products are dense and bias
 free: additions, scales, activations, masks and products without a sum (outer, Hadamard) are elementwise, a column of
-their own. Convolution taps on padding count. A complex multiply-add is 8 (the engine sees the dtype and multiplies).
+their own. Fourier transforms and triangular systems cost the multiply-adds of butterflies and of substitution.
+Convolution taps on padding count. A complex multiply-add is 8 (the engine sees the dtype and multiplies).
 Sparse products count by what they store, 2:4 by half. Attention counts every pair (`full`); a Cost also holds the
 figure over only the pairs that the operator's own mask lets through. Gradients count where autograd wants them, each
 as its forward; what a fused backward computes again is recompute.
@@ -29,6 +30,7 @@ from flopprof.formulas import (
     sparse,
     thirdparty,
     thirdparty_attention,
+    transforms,
 )
 from flopprof.formulas.registry import RULES, Cost, F, LengthsUnknown, Rule, formula, generation
 
@@ -43,7 +45,18 @@ __all__ = [
     "register_formula",
 ]
 
-MODULES = (attention, contractions, convolution, quantized, ragged, recurrent, sparse, thirdparty, thirdparty_attention)
+MODULES = (
+    attention,
+    contractions,
+    convolution,
+    quantized,
+    ragged,
+    recurrent,
+    sparse,
+    thirdparty,
+    thirdparty_attention,
+    transforms,
+)
 
 SEEN_THROUGH = frozenset(
     {

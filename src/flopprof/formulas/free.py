@@ -174,7 +174,6 @@ FREE_NAMESPACES: frozenset[str] = frozenset(
 
 _DECOMPOSITION = "matrix decomposition: iterates until it converges"
 _SOLVE = "solves equations"
-_FFT = "Fourier transform: the count depends on the factors of its length"
 _BOXES = "bins or polygons that depend on the boxes"
 _LABELS = "pairs of labels that depend on the targets"
 _OWN_TEST = "torch's own test operator"
@@ -186,13 +185,12 @@ def _reasons(groups: dict[str, str]) -> dict[str, str]:
 
 UNCOUNTED: dict[str, str] = _reasons(
     {
-        _FFT: "_fft_c2c _fft_c2r _fft_r2c prims::fft_c2c prims::fft_c2r prims::fft_r2c",
         _DECOMPOSITION: """_linalg_eigh _linalg_eigvals _linalg_svd linalg_eig linalg_eigvals
             linalg_cholesky_ex linalg_qr geqrf linalg_householder_product ormqr linalg_lu linalg_lu_factor_ex
             linalg_ldl_factor_ex linalg_polar linalg_matrix_sqrth linalg_pinv prims::svd
             _native::linalg_polar_native_2 _native::linalg_polar_out_native_3""",
         _SOLVE: """_linalg_det _linalg_slogdet _linalg_solve_ex linalg_inv_ex linalg_lu_solve linalg_ldl_solve
-            linalg_lstsq linalg_solve_triangular triangular_solve cholesky_solve _cholesky_solve_helper
+            linalg_lstsq cholesky_solve _cholesky_solve_helper
             cholesky_inverse _spsolve""",
         "matrix exponential: as many products as its norm asks for": "linalg_matrix_exp",
         _BOXES: """torchvision::roi_pool torchvision::ps_roi_pool torchvision::_ps_roi_pool_backward
