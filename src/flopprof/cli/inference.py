@@ -115,18 +115,21 @@ class Generation:
             source = ctx.get_parameter_source(name)
             if source is not None and source.name == "COMMANDLINE":
                 raise UsageError(f"{option} and --mode {self.mode} do not go together: leave one of them out.")
+        from flopprof.inference.bounds import Rates
+        from flopprof.inference.sizes import check_sizes
+
+        check_sizes(
+            self.mode,
+            context=self.context,
+            prompt=self.prompt,
+            new=self.new,
+            batch=wanted.batch,
+            seq=wanted.seq,
+        )
+        Rates.read(self.hardware)
         with progress(f"Counting {wanted.target}"):
             from flopprof.inference.run import inference
-            from flopprof.inference.sizes import check_sizes
 
-            check_sizes(
-                self.mode,
-                context=self.context,
-                prompt=self.prompt,
-                new=self.new,
-                batch=wanted.batch,
-                seq=wanted.seq,
-            )
             found = inference(
                 replace(wanted, seq=None).load(),
                 mode=self.mode,

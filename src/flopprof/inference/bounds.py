@@ -24,7 +24,11 @@ class Rates:
 
     @classmethod
     def read(
-        cls, hardware: str | None, flops_per_s: float | None, bytes_per_s: float | None, memory_bytes: int | None
+        cls,
+        hardware: str | None,
+        flops_per_s: float | None = None,
+        bytes_per_s: float | None = None,
+        memory_bytes: int | None = None,
     ) -> Rates | None:
         """None where nothing was asked. Raises UsageError for half a device, UnknownDevice for an unknown one."""
         given = (flops_per_s, bytes_per_s)

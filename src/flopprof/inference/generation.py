@@ -10,10 +10,8 @@ from flopprof.models.hf_reads import Weights, plain
 from flopprof.models.hf_steps import Step
 
 _RUN_ALL = 10  # so few are run one after the other
-_IN_A_ROW = 4
 # A cache of a class that is not transformers' own may do something every so many tokens (as compressing 128 of them).
-_IN_A_ROW_UNKNOWN = 136
-_MOST_BENDS = 3
+_IN_A_ROW = 136
 _KNOWN = frozenset({"DynamicCache", "EncoderDecoderCache"})
 
 
@@ -63,18 +61,15 @@ class Walk:
         return [self._known[context] for context in contexts]
 
     def _regular(self, first: int, last: int) -> bool:
-        """Do consecutive steps lie on a line with a few bends at most, as windows that fill up make?"""
-        if last - first + 1 <= _RUN_ALL:
+        """Can steps be told from others? Of a cache of a kind of its own only where many in a row lie on a line."""
+        if last - first < _RUN_ALL:
             return False
         step = self._generator.steps(1, [first], self._source)[0]
         self._bends = tuple(window - 1 for window in step.windows)  # then the new token is the last that fits
-        own = step.cache in _KNOWN and all(layer.startswith("transformers.cache_utils.") for layer in step.layers)
-        row = self._every(range(first, min(last + 1, first + (_IN_A_ROW if own else _IN_A_ROW_UNKNOWN))))
-        bends = sum(
-            any(after - now != now - before for before, now, after in zip(*three, strict=True))
-            for three in zip(row, row[1:], row[2:], strict=False)
-        )
-        return bends <= _MOST_BENDS
+        if step.cache in _KNOWN and all(layer.startswith("transformers.cache_utils.") for layer in step.layers):
+            return True
+        row = self._every(range(first, min(last + 1, first + _IN_A_ROW)))
+        return all(_on_line(row[0], row[-1], some, place, len(row) - 1) for place, some in enumerate(row))
 
     def _straight(self, first: int, last: int) -> list[Amounts]:
         """On the line between the first and the last where steps between them lie on it; else each half alike."""

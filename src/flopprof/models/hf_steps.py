@@ -92,9 +92,9 @@ class Session:
 
     # --- prompts --------------------------------------------------------------------------------------
     def at(self, batch: int, context: int, source: int | None) -> _Full:
-        """After a prefill; of a recurrent model, which runs a prompt token by token, after a short one if that is proved.
+        """After a prefill; of a recurrent model, which runs a prompt token by token, after a short one, lengthened.
 
-        The proof: of two short prompts, one lengthened is the other, tensor by tensor.
+        The proof that it is the same: of two short prompts, one lengthened is the other, tensor by tensor.
         """
         least, more = _SHORT
         if context <= more or self._made.paired or self._memo.whole or not self._made.text_alone:
