@@ -12,6 +12,7 @@ from typer.core import TyperGroup
 
 import flopprof
 from flopprof.cli.check import check
+from flopprof.cli.compare import compare
 from flopprof.cli.count import count
 from flopprof.cli.crosscheck import crosscheck
 from flopprof.cli.diff import diff
@@ -81,6 +82,11 @@ _COMMANDS: tuple[tuple[Callable[..., None], str, str], ...] = (
         check,
         "flopprof check resnet50 --max-flops 8.2G --max-params 26M",
         "flopprof check net.py:build --baseline baseline.json --tolerance 0.5%",
+    ),
+    (
+        compare,
+        "flopprof compare resnet18 resnet50 vit_b_16 --hardware H100 --sort flops",
+        "flopprof compare 'timm:convnext*' --resume rows.jsonl --csv convnext.csv",
     ),
     (
         diff,

@@ -23,7 +23,7 @@ from flopprof.models import Workload
 from flopprof.models.inputs import first_line, make_input, parse_input, samples_in, tensors_in, tokens_in
 from flopprof.profile import Attention, Profile
 
-Target = str | nn.Module | Workload | Profile | tuple[nn.Module, Any]
+Target = str | Job | nn.Module | Workload | Profile | tuple[nn.Module, Any]
 Progress = Callable[[int, int, str], object]
 
 
@@ -62,7 +62,8 @@ def compare(
     """Models side by side: a Comparison with a row for each, ratios to the first. One multiply-add is 2 FLOPs.
 
     targets    what `flopprof.load` takes, globs too (`timm:convnext*`); (module, inputs), with inputs a tensor, a tuple
-               or a dict; a module, whose input `at` gives; a Workload; a Profile. As a mapping, its keys are the names.
+               or a dict; a module, whose input `at` gives; a Workload; a Profile; a Job, which has options of its own.
+               As a mapping, its keys are the names.
     at         `input=1x3x288x288` or `batch=8,image_size=288`; with several, each makes a row of every model
     attention  `full` counts every query-key pair, `causal` those that the operator's mask lets through
     hardware   a device of the table ("H100"): then rows have the roofline's ideal latency
@@ -200,6 +201,8 @@ def _slots(
         if isinstance(target, str):
             for job in jobs_of(target, options, at, name=name, attention=attention):
                 yield _Slot(name=job.name, job=job)
+        elif isinstance(target, Job):
+            yield _Slot(name=target.name, job=target)
         elif isinstance(target, Profile | Workload):
             shown = name or (target.target if isinstance(target, Profile) else target.name)
             shown = shown or (row_of_profile(target).name if isinstance(target, Profile) else "workload")

@@ -14,17 +14,17 @@ _SPECIAL = str.maketrans({character: f"\\{character}" for character in "\\`*_{}[
 def to_markdown(profile: Profile, *, heading: str = "", depth: int = 3) -> str:
     """The report as GitHub-flavoured Markdown; FLOPs, one multiply-add is 2. depth: levels of modules shown."""
     title = profile.target or next((row.cls for row in profile.modules if not row.fqn), "model")
-    parts = [f"# FLOPs of {_text(title)}", ""]
+    parts = [f"# FLOPs of {escaped(title)}", ""]
     if heading:
-        parts += [_text(heading), ""]
+        parts += [escaped(heading), ""]
     parts += [*_totals(profile), "", "## Modules", "", *_modules(profile, depth), "", "## Operators", ""]
     parts += [*_operators(profile), "", "One multiply-add is 2 FLOPs; attention counted as "]
     parts[-1] += f"{profile.attention}; elementwise FLOPs are apart."
     if profile.assumptions:
-        parts += ["", "Assumed:", "", *(f"- {_text(sentence)}" for sentence in profile.assumptions)]
+        parts += ["", "Assumed:", "", *(f"- {escaped(sentence)}" for sentence in profile.assumptions)]
     if profile.uncounted:
         parts += ["", "Without a formula, hence in no number above:", ""]
-        parts += [f"- {_text(op)}: {calls} calls" for op, calls in profile.uncounted.items()]
+        parts += [f"- {escaped(op)}: {calls} calls" for op, calls in profile.uncounted.items()]
     return "\n".join(parts) + "\n"
 
 
@@ -35,7 +35,7 @@ def _totals(profile: Profile) -> Iterator[str]:
     table = [(name, f"{bound}{format_flops(flops)}", f"{flops:,}") for name, flops in rows]
     table.append(("elementwise", format_si(profile.elementwise_flops, "FLOPs"), f"{profile.elementwise_flops:,}"))
     table.append(("parameters", format_si(profile.n_params), f"{profile.n_params:,}"))
-    yield from _table(["Total", "", "Exact"], table)
+    yield from pipe_table(["Total", "", "Exact"], table)
 
 
 def _modules(profile: Profile, depth: int) -> Iterator[str]:
@@ -45,15 +45,15 @@ def _modules(profile: Profile, depth: int) -> Iterator[str]:
     heads = ["Module", "Class", "Params", *(f"{PHASES[i].capitalize()} ({unit_name(step, 'FLOPs')})" for i in phases)]
     rows = [
         [
-            f"{'&nbsp;' * 4 * level}{_text(label)}",
-            _text(node.cls),
+            f"{'&nbsp;' * 4 * level}{escaped(label)}",
+            escaped(node.cls),
             format_si(node.parameters),
             *(format_fixed(node.flops[i], step) for i in phases),
             format_share(node.total, root.total),
         ]
         for level, label, node in _visible(root, depth, 0, title=profile.target or root.cls)
     ]
-    yield from _table([*heads, "Share"], rows, names=2)
+    yield from pipe_table([*heads, "Share"], rows, names=2)
 
 
 def _visible(node: Node, depth: int, level: int, *, title: str = "") -> Iterator[tuple[int, str, Node]]:
@@ -70,13 +70,13 @@ def _operators(profile: Profile) -> Iterator[str]:
         calls[row.op] = calls.get(row.op, 0) + row.calls
     whole = profile.hardware_flops
     rows = [
-        (_text(op), str(calls[op]), format_flops(flops), format_share(flops, whole))
+        (escaped(op), str(calls[op]), format_flops(flops), format_share(flops, whole))
         for op, flops in profile.by_operator().items()
     ]
-    yield from _table(["Operator", "Calls", "FLOPs", "Share"], rows)
+    yield from pipe_table(["Operator", "Calls", "FLOPs", "Share"], rows)
 
 
-def _table(heads: Sequence[str], rows: Sequence[Sequence[str]], *, names: int = 1) -> Iterator[str]:
+def pipe_table(heads: Sequence[str], rows: Sequence[Sequence[str]], *, names: int = 1) -> Iterator[str]:
     """Rows under their heads, the first `names` columns to the left, numbers to the right."""
     yield f"| {' | '.join(heads)} |"
     yield f"|{'|'.join(' :--- ' if i < names else ' ---: ' for i in range(len(heads)))}|"
@@ -84,6 +84,6 @@ def _table(heads: Sequence[str], rows: Sequence[Sequence[str]], *, names: int = 
         yield f"| {' | '.join(row)} |"
 
 
-def _text(name: str) -> str:
+def escaped(name: str) -> str:
     """A name as plain text: nothing in it is markup."""
     return name.translate(_SPECIAL)
