@@ -249,6 +249,7 @@ def test_many_ranks_print_their_slowest() -> None:
     assert "rank 63  " in text
     assert "rank 0  " not in text
     assert "and 56 ranks more" in text
+    assert max(map(len, text.splitlines())) <= 80
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 
 import msgspec
@@ -9,6 +10,8 @@ import msgspec
 from flopprof.meter.figures import Figures
 from flopprof.profile import Attention
 from flopprof.units import format_bytes, format_flops, format_si
+
+_COLUMNS = 80
 
 
 class Convention(msgspec.Struct, frozen=True, kw_only=True):
@@ -105,9 +108,7 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
         return [line for line in lines if line[1]]
 
     def __str__(self) -> str:
-        lines = self.facts()
-        width = max(len(label) for label, _ in lines)
-        return "\n".join(f"{label:<{width}}  {text}" for label, text in lines)
+        return laid_out(self.facts())
 
     def _steps(self) -> str:
         timed = self.whole.steps if self.whole is not None else 0
@@ -117,6 +118,18 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
     def _against(self) -> str:
         peaks = ", ".join(f"{format_si(value, 'FLOP/s')} {rate}" for rate, value in self.peaks.items())
         return f"{peaks} ({self.peak})"
+
+
+def laid_out(facts: Sequence[tuple[str, str]]) -> str:
+    """Labels in one column, the text beside them in lines of at most 80 characters."""
+    width = max(len(label) for label, _ in facts) + 2
+    lines = []
+    for label, text in facts:
+        wrapped = textwrap.wrap(text, _COLUMNS - width, break_long_words=False, break_on_hyphens=False)
+        lines += [
+            f"{start:<{width}}{line}" for start, line in zip([label, *[""] * len(wrapped)], wrapped, strict=False)
+        ]
+    return "\n".join(lines)
 
 
 def percent(value: float | None) -> str:

@@ -12,7 +12,7 @@ import msgspec
 
 from flopprof.errors import FlopprofError, UsageError
 from flopprof.meter.figures import Peak, Percentiles, StepRecord, flops_by_rate, ideal_time_s, percentiles, timed
-from flopprof.meter.summary import format_time, percent
+from flopprof.meter.summary import format_time, laid_out, percent
 from flopprof.units import format_flops, format_si
 
 if TYPE_CHECKING:
@@ -169,9 +169,7 @@ class World(msgspec.Struct, frozen=True, kw_only=True):
         return sorted(self.ranks, key=_median, reverse=True)[:_NAMED]
 
     def __str__(self) -> str:
-        lines = self.facts()
-        width = max(len(label) for label, _ in lines)
-        return "\n".join(f"{label:<{width}}  {text}" for label, text in lines)
+        return laid_out(self.facts())
 
 
 def rank_report(records: Sequence[StepRecord], limit: Peak, *, rank: int, **about: Any) -> RankReport:
