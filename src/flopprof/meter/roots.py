@@ -20,6 +20,7 @@ from torch.nn.modules import module as _modules
 from flopprof.counting.imports import WhenImported, replaced
 from flopprof.meter.recorder import Recorder, Root
 from flopprof.meter.timing import CudaTimer
+from flopprof.meter.tracking import Tracker
 from flopprof.meter.watching import compiled_within
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 _node = torch._C._current_autograd_node
 _thread = threading.get_ident
+_modes = torch._C._len_torch_dispatch_stack
 _armed = _modules._global_forward_pre_hooks
 _KEY: Any = "flopprof.roots"  # torch's own keys are numbers
 
@@ -211,6 +213,14 @@ def move(meter: Meter, parameter: torch.Tensor) -> None:
     meter.device = meter._history.device
     if parameter.is_cuda:
         meter._recorder.timer = CudaTimer()
+
+
+def go_on(tracker: Tracker, name: str, *, counted: bool) -> None:
+    """What was no part of the step is over; counted: the step was being counted before, and is again."""
+    if counted and tracker.counter is None and _modes() == tracker._modes:
+        tracker._open()
+    if tracker.known(name) is None:
+        tracker._follow(name, tracker._alone.child((name,)), (), True)
 
 
 class CompiledFunction(torch.nn.Module):

@@ -25,7 +25,7 @@ from torch.utils.data import dataloader
 from flopprof.counting.imports import replaced
 from flopprof.meter.meter import Meter
 from flopprof.meter.recorder import OpenStep
-from flopprof.meter.roots import CompiledFunction, Finder, Roots, move
+from flopprof.meter.roots import CompiledFunction, Finder, Roots, go_on, move
 from flopprof.meter.summary import Summary
 from flopprof.meter.watching import instruments
 
@@ -73,15 +73,15 @@ class Contiguous(Meter):
         tracker, timer, step = recorder.tracker, recorder.timer, self._open
         if step is None or recorder._span is not None:
             return call(*args, **kwargs)
-        if tracker.counter is not None:
+        counted = tracker.counter is not None
+        if counted:
             tracker.interrupt()
         start = timer.mark()
         try:
             return call(*args, **kwargs)
         finally:
             step.spans = (*step.spans, (name, start, timer.mark()))
-            if tracker.known(name) is None:
-                tracker._follow(name, tracker._alone.child((name,)), (), True)
+            go_on(tracker, name, counted=counted)
 
     def drop(self) -> None:
         """The step under way will not end."""

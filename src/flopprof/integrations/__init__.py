@@ -1,0 +1,1 @@
+"""Callbacks for the trainers people use. Each is imported from its own module, which needs its own package."""
