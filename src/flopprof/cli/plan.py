@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from flopprof.cli.options import Traceback
-from flopprof.cli.output import console, require_writable, write_text
+from flopprof.cli.output import console, progress, require_writable, write_text
 from flopprof.errors import UsageError
 from flopprof.units import parse_count, parse_share
+
+if TYPE_CHECKING:
+    from flopprof.plan.memory import Layout
 
 _MODEL, _RUN, _HARDWARE = "The model", "The run", "The hardware"
 _MEMORY, _SERVING, _REPORT = "Training memory", "Decoding", "What is printed"
@@ -156,6 +159,21 @@ def plan(
     serving_devices: Annotated[
         int, typer.Option(help="Devices that share a step evenly.", metavar="N", min=1, rich_help_panel=_SERVING)
     ] = 1,
+    mesh: Annotated[
+        str | None,
+        typer.Option(
+            help="Simulate a training step of MODEL (any that `flopprof count` takes by name) on a mesh of devices: "
+            "tp=8,pp=4,dp=16. FLOPs, memory and bytes sent of each rank.",
+            metavar="AXES",
+            rich_help_panel=_MEMORY,
+        ),
+    ] = None,
+    micro_batches: Annotated[
+        int | None,
+        typer.Option(
+            help="With --mesh: of each replica in a step; default: pp.", metavar="N", min=1, rich_help_panel=_MEMORY
+        ),
+    ] = None,
     published: Annotated[
         bool, typer.Option("--published", help="Show published runs and their utilisation.", rich_help_panel=_REPORT)
     ] = False,
@@ -179,6 +197,21 @@ def plan(
     from flopprof.plan.memory import Layout
     from flopprof.plan.serving import Service
 
+    layout = Layout(
+        precision=precision,
+        optimizer=optimizer,
+        checkpointing=checkpointing,
+        zero=zero,
+        tp=tp,
+        pp=pp,
+        micro_batch=micro_batch,
+        sequence_parallel=sequence_parallel,
+        fused_attention=not keep_scores,
+        dropout=dropout,
+    )
+    if mesh is not None:
+        _mesh(model, mesh, seq, layout, micro_batches, json)
+        return
     found = make(
         model,
         params=_count(params),
@@ -201,24 +234,40 @@ def plan(
         power_w=power,
         pue=pue,
         co2_kg_per_kwh=co2,
-        layout=Layout(
-            precision=precision,
-            optimizer=optimizer,
-            checkpointing=checkpointing,
-            zero=zero,
-            tp=tp,
-            pp=pp,
-            micro_batch=micro_batch,
-            sequence_parallel=sequence_parallel,
-            fused_attention=not keep_scores,
-            dropout=dropout,
-        ),
+        layout=layout,
         service=Service(batch=batch, context=context, weight_bits=weight_bits, devices=serving_devices),
     )
     if json is not None:
         write_text(json, found.to_json())
     if json != "-":
         from flopprof.report.plan import render
+
+        console().print(render(found), crop=False)
+
+
+def _mesh(
+    model: str | None, text: str, seq: int | None, layout: Layout, micro_batches: int | None, json: str | None
+) -> None:
+    """Counts the model on meta, sharded; the only part of a plan that imports torch."""
+    from flopprof.plan.sizes import of_name
+
+    if model is None:
+        raise UsageError("--mesh needs a MODEL by name: its own shards are counted.")
+    with progress(f"Simulating {model}"):
+        from flopprof.models import load
+        from flopprof.plan.mesh import parse_mesh, simulate
+
+        axes = parse_mesh(text)
+        workload = load(model, batch=layout.micro_batch, seq=seq)
+        try:
+            shape = of_name(model, workload.tokens // layout.micro_batch if workload.tokens else None).shape
+        except UsageError:  # no text model of the catalogue: its activations are not known
+            shape = None
+        found = simulate(workload, **axes, micro_batches=micro_batches, layout=layout, shape=shape)
+    if json is not None:
+        write_text(json, found.to_json())
+    if json != "-":
+        from flopprof.report.mesh import render
 
         console().print(render(found), crop=False)
 

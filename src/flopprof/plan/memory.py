@@ -81,15 +81,12 @@ def training_memory(sizes: Sizes, layout: Layout, devices: int | None) -> Traini
     if sizes.shape is not None and layout.pp > sizes.shape.layers:
         raise UsageError(f"pp {layout.pp} is more than the model's {sizes.shape.layers} layers.")
     params = _ceil(_stage_params(sizes, layout.pp), layout.tp)
-    weight, gradient, copy, state = _BYTES[layout.precision]
-    shared = [ranks if layout.zero >= stage else 1 for stage in (3, 2, 1)]
-    weights, gradients, optimizer = (
-        _ceil(params * each, over)
-        for each, over in zip((weight, gradient, copy + state * _STATES[layout.optimizer]), shared, strict=True)
-    )
+    weights, gradients, optimizer = state_bytes(params, layout, ranks)
     activations = logits = None
     if sizes.shape is not None:
-        activations = _activations(sizes.shape, layout, weight)
+        # the first stage has pp micro-batches under way (1F1B), of an even share of the layers each
+        layers = _ceil(sizes.shape.layers, layout.pp) * layout.pp + sizes.shape.encoder_layers
+        activations = activation_bytes(sizes.shape, layout, layout.micro_batch * sizes.shape.seq, layers)
         # the loss is taken in float32; the last stage keeps one micro-batch, where the first keeps pp of them
         logits = _ceil(layout.micro_batch * sizes.shape.seq * sizes.shape.vocab * _FLOAT32, layout.tp)
     return TrainingMemory(
@@ -116,10 +113,18 @@ def _stage_params(sizes: Sizes, pp: int) -> int:
     return layers + max(embedding, head)
 
 
-def _activations(shape: TransformerShape, layout: Layout, element: int) -> int:
-    """What the forward keeps for the backward on the first stage, which has pp micro-batches under way (1F1B)."""
-    tokens = layout.micro_batch * shape.seq
-    layers = _ceil(shape.layers, layout.pp) * layout.pp + shape.encoder_layers
+def state_bytes(params: int, layout: Layout, ranks: int) -> tuple[int, int, int]:
+    """Bytes of weights, gradients and optimizer of so many parameters on one of `ranks` data parallel ranks."""
+    weight, gradient, copy, state = _BYTES[layout.precision]
+    shared = [ranks if layout.zero >= stage else 1 for stage in (3, 2, 1)]
+    each = (weight, gradient, copy + state * _STATES[layout.optimizer])
+    weights, gradients, optimizer = (_ceil(params * size, over) for size, over in zip(each, shared, strict=True))
+    return weights, gradients, optimizer
+
+
+def activation_bytes(shape: TransformerShape, layout: Layout, tokens: int, layers: int) -> int:
+    """What forwards of so many tokens through so many layers keep for the backward."""
+    element = _BYTES[layout.precision][0]
     whole = layer_bytes_per_token(shape, layout, element)
     if layout.checkpointing != "full":
         return tokens * layers * whole
