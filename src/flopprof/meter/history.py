@@ -11,10 +11,10 @@ import msgspec
 from flopprof.meter.conventions import Teller, teller
 from flopprof.meter.figures import Figures, StepRecord, figures, flops_by_rate, timed
 from flopprof.meter.peaks import Peaks
+from flopprof.meter.places import Done
 from flopprof.meter.recorder import OpenStep, Recorder
 from flopprof.meter.records import SCHEMA, RecordWriter, RunPeaks, RunStart
 from flopprof.meter.summary import Summary, over_peak
-from flopprof.meter.tracking import Done
 from flopprof.meter.work import Work
 from flopprof.meter.world import path_of_rank, place_of_process
 from flopprof.profile import Attention
@@ -151,7 +151,7 @@ class History:
         for op, calls in uncounted.items():
             self._uncounted[op] = self._uncounted.get(op, 0) + calls
 
-    def _fill(self) -> None:
+    def fill(self) -> None:
         """Count steps that were not, by another one of the same signature that was since."""
         for place, segments in list(self._unknown.items()):
             work = self._recorder.work(segments)
@@ -200,7 +200,7 @@ class History:
 
     def summary(self) -> Summary:
         """Everything so far."""
-        self._fill()
+        self.fill()
         records = self.records
         usable = timed(records)
         limit, bandwidth = self.peaks.flops_per_s, self.peaks.bytes_per_s
@@ -289,7 +289,7 @@ class History:
 
     def close(self) -> None:
         """Close the file."""
-        self._fill()
+        self.fill()
         if self._writer is not None:
             self._writer.close()
 

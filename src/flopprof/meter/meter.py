@@ -81,7 +81,9 @@ class Meter:
         clock: Callable[[], float] | None = None,
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
-        models = [*([model] if isinstance(model, torch.nn.Module) else model), *more]
+        self._options = {name: value for name, value in locals().items() if name not in ("self", "model", "more")}
+        first = model if isinstance(model, Iterable) and not isinstance(model, torch.nn.Module) else [model]
+        models = [*first, *more]
         _check(models, attention, skip=skip, window=window, log_every=log_every, recount_every=recount_every)
         self.attention: Attention = attention
         self.skip, self.recount_every = skip, recount_every
@@ -250,6 +252,7 @@ class Meter:
     def records(self) -> list[StepRecord]:
         """One record per step that the device is past."""
         self._settle()
+        self._history.fill()
         return self._history.records
 
     @property
@@ -273,7 +276,7 @@ class Meter:
         return self._history.latest(steps)
 
     def metrics(self, prefix: str = "flopprof/", *, steps: int | None = None) -> dict[str, float]:
-        """The figures of so many steps (None: the rolling ones) as a flat dict for a logger, without what is unknown."""
+        """Figures of so many steps (None: the rolling ones) as a flat dict for a logger, without what is unknown."""
         current = self.figures(steps)
         if current is None:
             return {}
@@ -342,6 +345,7 @@ class Meter:
             "version": 1,
             "attention": self.attention,
             "begun": self._begun,
+            "trained": self._recorder.trained,
             "history": self._history.state(),
             "counted": self._recorder.tracker.state(),
         }
@@ -358,8 +362,16 @@ class Meter:
             raise UsageError("a step of this meter is open: load its state between steps.")
         self._late.clear()
         self._begun = self._first = state["begun"]
-        self._history.restore(state["history"])
+        self._recorder.trained = state["trained"]
         self._recorder.tracker.restore(state["counted"])
+        self._history.restore(state["history"])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"models": self.models, "options": self._options, "state": self.state_dict()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["models"], **state["options"])  # type: ignore[misc]  # hooks and clocks are made anew
+        self.load_state_dict(state["state"])
 
 
 def _check(models: Iterable[Any], attention: str, **numbers: Any) -> None:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Mapping, Sequence
+from hashlib import blake2b
 from typing import Any
 
 import torch
 
 from flopprof.meter.padding import Unpadded
+from flopprof.meter.places import Done
 from flopprof.meter.signature import arguments, quick, size_of
 from flopprof.meter.timing import Timer
-from flopprof.meter.tracking import Done, Tracker
+from flopprof.meter.tracking import Tracker
 from flopprof.meter.watching import Watch, compiled_around, compiled_within, instruments
 from flopprof.meter.work import Work, total
 from flopprof.profile import Attention
@@ -51,7 +53,7 @@ class OpenStep:
 class Root:
     """A model, and what of it is part of every call's structure."""
 
-    __slots__ = ("_calls", "_numbers", "device", "flags", "module", "number", "parameters", "trained")
+    __slots__ = ("_calls", "device", "flags", "module", "number", "parameters", "trained")
 
     def __init__(self, module: torch.nn.Module) -> None:
         self.module = module
@@ -59,7 +61,6 @@ class Root:
         self.flags: list[bool] = []
         self.number = 0
         self._calls = 0
-        self._numbers: dict[tuple[bool, ...], int] = {}
         self.refresh()
 
     def refresh(self) -> None:
@@ -76,7 +77,8 @@ class Root:
         flags = [parameter.requires_grad for parameter in self.parameters]
         if flags != self.flags:
             self.flags = flags
-            self.number = self._numbers.setdefault(tuple(flags), len(self._numbers) + 1)
+            # The same in every process, and never 0, which stands for none.
+            self.number = 1 + int.from_bytes(blake2b(bytes(flags), digest_size=7).digest())
         return self.number
 
 
@@ -128,6 +130,16 @@ class Recorder:
         """The models, in the order in which they were given."""
         return [root.module for root in self._roots]
 
+    @property
+    def trained(self) -> list[bool]:
+        """Which of the models have been trained: without a gradient, they are evaluated."""
+        return [root.trained for root in self._roots]
+
+    @trained.setter
+    def trained(self, flags: Sequence[bool]) -> None:
+        for root, flag in zip(self._roots, flags, strict=False):
+            root.trained = flag
+
     # --- the step ----------------------------------------------------------------------------------------------------
     def open(self, step: OpenStep, *, recount: bool) -> None:
         """A step begins."""
@@ -143,7 +155,8 @@ class Recorder:
             self.tracker.begin(recount=recount)
         else:
             step.unseen = step.batch is None
-            self.tracker.begin(*arguments((step.batch,), {}), recount=recount)
+            structure, ints = arguments((step.batch,), {})
+            self.tracker.begin(("given", *structure), ints, recount=recount)
         if self.tracker.counter is not None:
             step.left_out = ("counted",)
 
@@ -161,7 +174,7 @@ class Recorder:
         self._watch.close(self)
         if instruments.compilations != step.compilations:
             step.left_out = (*step.left_out, "compiled")
-            if "counted" not in step.left_out:
+            if not self.tracker.whole:
                 self.tracker.lose_sight()
 
     def forget_outside(self) -> None:
@@ -266,15 +279,17 @@ class Recorder:
         if self._span is not None:
             self._resume()
         if self.tracker.counter is not None and compiled_around():
+            self.tracker.from_start |= not self.opaque
             self.opaque = True
-            self.tracker.from_start = True
             return True
         return False
 
     def differentiated(self, structure: tuple[Any, ...]) -> None:
         """A backward pass starts."""
-        if self._span is None and self.tracker.known(structure) is None:
-            self._noted(self.tracker.backward(structure))
+        if self._span is not None or self.tracker.known(structure) is not None:
+            return
+        if self.tracker.backward(structure) and self._step is not None:
+            self._step.left_out = (*self._step.left_out, "counted")
 
     def stepped(self, optimizer: torch.optim.Optimizer, *, closure: bool, over: bool) -> None:
         """An optimizer's step begins, or one with a closure ends."""
@@ -282,7 +297,7 @@ class Recorder:
         if step is None or self._span is not None:
             return
         if over:
-            self._noted(self.tracker.after_closure())
+            self.tracker.after_closure()
             return
         step.optimizer_steps += 1
         self._closures |= closure
@@ -290,11 +305,7 @@ class Recorder:
         wanted = roots[0].number if len(roots) == 1 else tuple([root.number for root in roots])
         event = "optimizer", type(optimizer).__name__, wanted
         if closure or self.tracker.known(event) is None:
-            self._noted(self.tracker.optimizer(event, closure=closure))
-
-    def _noted(self, opened: bool) -> None:
-        if opened and self._step is not None:
-            self._step.left_out = (*self._step.left_out, "counted")
+            self.tracker.optimizer(event, closure=closure)
 
     # --- read later --------------------------------------------------------------------------------------------------
     def times(self, step: OpenStep, *, wait: bool) -> tuple[float, float, dict[str, float]] | None:

@@ -1,0 +1,225 @@
+"""The tree of a step's events: what is known at each place, and the forms fitted there. No torch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from flopprof.meter.fitting import Fit, fitted
+from flopprof.meter.work import Work
+
+Ints = tuple[int, ...]
+# So many entries a table holds before it is begun anew: it only saves time.
+MOST = 1 << 14
+# Of the counts of one place, so many are fitted to; a place that this many do not fit is not tried again each time.
+_MOST_SAMPLES = 32
+# After so many evaluations of a form the next one is counted instead, which proves it again or refutes it.
+_CHECKS = frozenset(4**k for k in range(2, 20))
+
+
+class Sight:
+    """Do the numbers of autograd nodes tell anything?"""
+
+    __slots__ = ("blind",)
+
+    def __init__(self) -> None:
+        self.blind = False
+
+
+class Done:
+    """A segment that is over: a place, and all of its integers. Its work may become known later.
+
+    Numbers of nodes are among the integers as -1 - nodes, so that they can be told from sizes.
+    """
+
+    __slots__ = ("ints", "place", "work")
+
+    def __init__(self, place: Place, ints: Ints) -> None:
+        self.place, self.ints = place, ints
+        self.work: Work | None = None
+
+
+class Start:
+    """A place with the integers that are known when a segment begins there."""
+
+    __slots__ = ("counts", "doubts", "ints", "known", "place", "segments")
+
+    def __init__(self, place: Place, ints: Ints) -> None:
+        self.place, self.ints = place, ints
+        self.known = False  # counted at these integers, or inside a form
+        self.counts: set[int] = set()  # nodes made, in each count
+        self.doubts = 0
+        self.segments: dict[Done | None, Segment] = {}
+
+    def segment(self, graph: Done | None) -> Segment:
+        """The segment that runs here, behind what autograd recorded last."""
+        found = self.segments.get(graph)
+        if found is None:
+            if len(self.segments) >= MOST:
+                self.segments.clear()
+            found = self.segments[graph] = Segment(self, graph)
+        return found
+
+
+class Segment:
+    """A segment that runs.
+
+    graph: what autograd recorded before it, where it does not record this. edges: event -> (this segment's end, the
+    next, what is kept with the event).
+    """
+
+    __slots__ = ("edges", "ends", "graph", "start")
+
+    def __init__(self, start: Start, graph: Done | None) -> None:
+        self.start, self.graph = start, graph
+        self.edges: dict[Any, tuple[Done, Segment, Any]] = {}
+        self.ends: dict[int, Done] = {}
+
+    def end(self, made: int) -> Done:
+        """It is over, having made so many nodes."""
+        found = self.ends.get(made)
+        if found is None or found.work is None:
+            found = self.start.place.end((*self.start.ints, -1 - made))
+            if len(self.ends) < MOST:
+                self.ends[made] = found
+        return found
+
+
+class Place:
+    """A place in the tree of events.
+
+    recorded  autograd follows these events
+    over      with the last of them a graph was done with: a call begins a new one
+    told      nothing but what the step was given tells its calls apart, so that no graph is ever done with
+    """
+
+    __slots__ = (
+        *("children", "depth", "done", "evaluations", "fit", "known", "missed", "opens", "over", "plain", "recorded"),
+        *("sight", "starts", "told", "tries"),
+    )
+
+    def __init__(self, sight: Sight, depth: int, *, recorded: bool, over: bool = False, told: bool = False) -> None:
+        self.sight = sight
+        self.depth = depth  # 0 where a graph begins: nothing before it matters
+        self.recorded, self.over, self.told = recorded, over, told
+        self.opens = True  # a counter may be opened here
+        self.plain = False  # a backward pass that makes no graph of its own
+        self.children: dict[Any, Place] = {}
+        self.starts: dict[Ints, Start] = {}
+        self.done: dict[Ints, Done] = {}
+        self.known: dict[Ints, Work] = {}
+        self.fit: Fit | None = None
+        self.evaluations = self.missed = self.tries = 0
+
+    def child(self, structure: Any) -> Place:
+        """The place after one more event."""
+        found = self.children.get(structure)
+        if found is None:
+            backward = structure[:1] == ("backward",)
+            told = self.told or (self.depth < 0 and structure[:1] == ("given",))
+            found = Place(
+                self.sight,
+                self.depth + 1,
+                recorded=self.recorded or told,
+                over=(self.over or backward) and not told,
+                told=told,
+            )
+            found.plain = backward and structure[2][1:] == (False,)
+            found.opens = structure[:1] != ("optimizer",)
+            self.children[structure] = found
+        return found
+
+    def start(self, ints: Ints) -> Start:
+        """A segment of these integers begins here, known or not."""
+        if self.sight.blind:
+            ints = _without_nodes(ints)
+        found = self.starts.get(ints)
+        if found is None:
+            if len(self.starts) >= MOST:
+                self.starts.clear()
+            found = self.starts[ints] = Start(self, ints)
+            for done in self.known:
+                if done[:-1] == ints:
+                    found.known = True
+                    found.counts.add(-1 - done[-1])
+        if not found.known and self.fit is not None and self.fit.covers(ints):
+            self.evaluations += 1
+            found.known = self.evaluations not in _CHECKS
+        return found
+
+    def end(self, ints: Ints) -> Done:
+        """The segment of these integers, over."""
+        if self.sight.blind:
+            ints = _without_nodes(ints)
+        found = self.done.get(ints)
+        if found is None:
+            if len(self.done) >= MOST:
+                self.done.clear()
+            found = self.done[ints] = Done(self, ints)
+        if found.work is None:
+            found.work = self.known.get(ints)
+            if found.work is None and self.fit is not None:
+                numbers = self.fit.at(ints)
+                found.work = None if numbers is None else Work.of_numbers(numbers)
+        return found
+
+    def learn(self, done: Done, work: Work) -> Work | None:
+        """Note a count; returns the other one that was held true here until now, if there was one."""
+        before, done.work = done.work, work
+        wrong = before is not None and before.numbers() != work.numbers()
+        self.note(done.ints, work, again=wrong)
+        if not wrong:
+            return None
+        for other in self.done.values():
+            if other is not done:
+                other.work = self.known.get(other.ints)
+        return before
+
+    def note(self, ints: Ints, work: Work, *, again: bool = False) -> None:
+        """A count is true here; again: fit anew, whatever there is."""
+        self.known[ints] = work
+        self.tries = 0
+        start = self.start(ints[:-1])
+        start.known = True
+        start.counts.add(-1 - ints[-1])
+        if again or self.fit is None or self.fit.at(ints) is None:
+            self._fit()
+
+    def recall(self, known: dict[Ints, Work]) -> None:
+        """What was counted in another process."""
+        self.known = known
+        self._fit()
+
+    def _fit(self) -> None:
+        self.fit = None
+        if len(self.known) < 2 or any(work.assumptions for work in self.known.values()):
+            return
+        count = len(self.known)
+        if count > _MOST_SAMPLES and count & (count - 1):
+            return
+        latest = list(self.known.items())[-_MOST_SAMPLES:]
+        self.fit = fitted({ints: work.numbers() for ints, work in latest})
+
+    def forget_nodes(self) -> None:
+        """Numbers of nodes tell nothing from now on: what was counted holds whatever they are."""
+        self.starts = {}
+        known, self.known = self.known, {}
+        done, self.done = self.done, {}
+        for ints, work in known.items():
+            plain = _without_nodes(ints)
+            self.known[plain] = work
+            kept = self.done[plain] = done.get(ints) or Done(self, plain)
+            kept.ints, kept.work = plain, work
+        self._fit()
+
+
+def roots(sight: Sight) -> tuple[Place, Place, Place]:
+    """Of starts of steps, of calls and backward passes that make a graph, and of everything else."""
+    return (
+        Place(sight, -1, recorded=False),
+        Place(sight, -1, recorded=True),
+        Place(sight, -1, recorded=False),
+    )
+
+
+def _without_nodes(ints: Ints) -> Ints:
+    return tuple(-1 if value < 0 else value for value in ints)
