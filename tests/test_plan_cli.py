@@ -131,3 +131,30 @@ def test_a_plan_needs_no_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_mesh() -> None:
+    result = run("llama-3.2-1b", "--mesh", "tp=4,pp=2,dp=8", "--seq", "128", "--micro-batches", "6", "--zero", "1")
+    assert result.exit_code == 0, result.output
+    assert max(map(len, result.stdout.splitlines())) <= 80
+    said = words(result)
+    assert "llama-3.2-1b: tp 4 x pp 2 x dp 8 = 64 ranks" in said
+    assert "a step 48 sequences of 128 tokens: 6 micro-batches of 1 a replica" in said
+    assert "FLOPs, as unsharded" in said
+    assert "14.3% of a step in the bubble" in said  # (2 - 1) / (6 + 2 - 1)
+    document = json.loads(run("llama-3.2-1b", "--mesh", "tp=4", "--seq", "128", "--json", "-").stdout)
+    assert (document["schema"], document["tp"], len(document["stages"])) == ("flopprof.mesh/1", 4, 1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--mesh", "tp=2"], "--mesh needs a MODEL"),
+        (["gpt2", "--mesh", "tp=2"], "has no tensor parallel plan"),
+        (["gpt2", "--mesh", "cp=2"], "cannot read 'cp=2' of the mesh"),
+    ],
+)
+def test_meshes_that_cannot_be(arguments: list[str], said: str) -> None:
+    result = run(*arguments)
+    assert result.exit_code == 2
+    assert said in result.stderr

@@ -51,9 +51,17 @@ def workload(family: str = "llama", batch: int = BATCH, **changed: Any) -> Workl
 
 
 # --- the ranks' sum is the whole -----------------------------------------------------------------------
-@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "gpt_neox", "mistral"])
+MESHES = [(1, 1, 1), (2, 1, 1), (4, 1, 1), (1, 2, 1), (1, 4, 3), (2, 3, 2), (4, 2, 8)]
+FAMILIES = ["qwen3", "gemma2", "gpt_neox", "mistral"]
+
+
 @pytest.mark.parametrize(
-    ("tp", "pp", "dp"), [(1, 1, 1), (2, 1, 1), (4, 1, 1), (1, 2, 1), (1, 4, 3), (2, 3, 2), (4, 2, 8)]
+    ("family", "tp", "pp", "dp"),
+    [
+        *(("llama", *mesh) for mesh in MESHES),
+        *((family, 4, 2, 8) for family in FAMILIES),
+        *(pytest.param(family, *mesh, marks=pytest.mark.nightly) for family in FAMILIES for mesh in MESHES[1:-1]),
+    ],
 )
 def test_the_sum_over_ranks_is_the_unsharded_count(family: str, tp: int, pp: int, dp: int) -> None:
     changed = {"head_dim": D // 4} if family in ("qwen3", "gemma2") else {}
@@ -61,6 +69,35 @@ def test_the_sum_over_ranks_is_the_unsharded_count(family: str, tp: int, pp: int
     found = simulate(workload(family, **changed), tp=tp, pp=pp, dp=dp, micro_batches=3)
     assert found.ranks_flops == found.whole_flops == 3 * dp * whole.hardware_flops
     assert tp * dp * sum(stage.forward_flops for stage in found.stages) == 3 * dp * whole.forward_flops
+    assert found.replicated == ()
+    assert found.ranks == tp * pp * dp
+    assert [stage.first for stage in found.stages][1:] == [stage.last + 1 for stage in found.stages[:-1]]
+    assert (found.stages[0].first, found.stages[-1].last) == (0, LAYERS - 1)
+
+
+def test_every_parameter_lies_somewhere() -> None:
+    whole = sum(parameter.numel() for parameter in workload(tie_word_embeddings=False).model.parameters())
+    for pp in (1, 2, 4):
+        assert sum(stage.params for stage in simulate(workload(tie_word_embeddings=False), pp=pp).stages) == whole
+    norms = (2 * LAYERS + 1) * D  # every tensor parallel rank has all of them
+    for tp in (2, 4):
+        (stage,) = simulate(workload(tie_word_embeddings=False), tp=tp).stages
+        assert stage.params == (whole - norms) // tp + norms
+
+
+def test_a_tied_head_is_a_copy_on_a_stage_of_its_own() -> None:
+    untied = simulate(workload(tie_word_embeddings=False), pp=2)
+    tied = simulate(workload(tie_word_embeddings=True), pp=2)
+    assert [stage.params for stage in tied.stages] == [stage.params for stage in untied.stages]
+    one, none = (simulate(workload(tie_word_embeddings=tie), tp=2).stages[0].params for tie in (True, False))
+    assert none - one == VOCAB * D // 2
+
+
+def test_what_every_rank_does_alike_is_named() -> None:
+    """A product that the plan does not split is done by all."""
+    sharded = workload()
+    sharded.model._tp_plan = {k: v for k, v in sharded.model.tp_plan.items() if "mlp" not in k}
+    found = simulate(sharded, tp=2)
     names = ("gate_proj", "up_proj", "down_proj")
     assert found.replicated == tuple(f"model.layers.*.mlp.{name}" for name in names)
     alike = 3 * 3 * 2 * BATCH * SEQ * D * FF * LAYERS  # three products, forward and twice backward
@@ -157,8 +194,8 @@ def test_activations_of_stages_under_way() -> None:
 
     shape = TransformerShape(layers=LAYERS, d_model=D, heads=4, vocab=VOCAB, seq=SEQ, d_ff=FF, gated=True)
     found = simulate(workload(), pp=4, micro_batches=2, shape=shape)
-    each = BATCH * SEQ * layer_bytes_per_token(shape, Layout(), 2)
-    assert [stage.activations_bytes for stage in found.stages] == [2 * each, 2 * each, 2 * each, each]
+    each, logits = BATCH * SEQ * layer_bytes_per_token(shape, Layout(), 2), BATCH * SEQ * VOCAB * 4
+    assert [stage.activations_bytes for stage in found.stages] == [2 * each, 2 * each, 2 * each, each + logits]
     assert found.stages[0].memory_bytes == found.stages[0].states_bytes + 2 * each
     assert found.stages[0].states_bytes == 16 * found.stages[0].params
 

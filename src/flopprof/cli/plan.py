@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from flopprof.cli.options import Traceback
-from flopprof.cli.output import console, progress, require_writable, write_text
+from flopprof.cli.output import STDOUT, console, progress, require_writable, write_text
 from flopprof.errors import UsageError
 from flopprof.units import parse_count, parse_share
 
@@ -185,11 +185,28 @@ def plan(
             rich_help_panel=_REPORT,
         ),
     ] = None,
+    html: Annotated[
+        str | None,
+        typer.Option(
+            help="Write one page of charts, which works offline; - is standard output.",
+            metavar="FILE",
+            rich_help_panel=_REPORT,
+        ),
+    ] = None,
     traceback: Traceback = False,
 ) -> None:
     """Plan training or serving: from some of model, tokens, FLOPs, devices, days, money and MFU, the rest."""
     ctx.meta["flopprof.traceback"] = traceback
-    require_writable(json)
+    if json == html == STDOUT:
+        raise UsageError("both --json and --html ask for standard output by -: give one of them a file.")
+    for path in (json, html):
+        require_writable(path)
+    if html is not None:
+        if published or mesh is not None:
+            raise UsageError(f"--html draws one plan, without {'--published' if published else '--mesh'}.")
+        from flopprof.report.html.page import require_plotly
+
+        require_plotly()
     if published:
         _published(json)
         return
@@ -239,7 +256,11 @@ def plan(
     )
     if json is not None:
         write_text(json, found.to_json())
-    if json != "-":
+    if html is not None:
+        from flopprof.report.html.plan import render as page
+
+        write_text(html, page(found))
+    if STDOUT not in (json, html):
         from flopprof.report.plan import render
 
         console().print(render(found), crop=False)

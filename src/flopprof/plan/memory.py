@@ -87,8 +87,7 @@ def training_memory(sizes: Sizes, layout: Layout, devices: int | None) -> Traini
         # the first stage has pp micro-batches under way (1F1B), of an even share of the layers each
         layers = _ceil(sizes.shape.layers, layout.pp) * layout.pp + sizes.shape.encoder_layers
         activations = activation_bytes(sizes.shape, layout, layout.micro_batch * sizes.shape.seq, layers)
-        # the loss is taken in float32; the last stage keeps one micro-batch, where the first keeps pp of them
-        logits = _ceil(layout.micro_batch * sizes.shape.seq * sizes.shape.vocab * _FLOAT32, layout.tp)
+        logits = logits_bytes(sizes.shape, layout, layout.micro_batch * sizes.shape.seq)
     return TrainingMemory(
         weights_bytes=weights,
         gradients_bytes=gradients,
@@ -120,6 +119,11 @@ def state_bytes(params: int, layout: Layout, ranks: int) -> tuple[int, int, int]
     each = (weight, gradient, copy + state * _STATES[layout.optimizer])
     weights, gradients, optimizer = (_ceil(params * size, over) for size, over in zip(each, shared, strict=True))
     return weights, gradients, optimizer
+
+
+def logits_bytes(shape: TransformerShape, layout: Layout, tokens: int) -> int:
+    """The logits of so many tokens, split over tp ranks: the loss is taken in float32."""
+    return _ceil(tokens * shape.vocab * _FLOAT32, layout.tp)
 
 
 def activation_bytes(shape: TransformerShape, layout: Layout, tokens: int, layers: int) -> int:

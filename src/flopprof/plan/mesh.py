@@ -18,7 +18,7 @@ from torch import nn
 from flopprof.analytic import TransformerShape
 from flopprof.errors import UsageError
 from flopprof.models import Workload
-from flopprof.plan.memory import Layout, activation_bytes, state_bytes
+from flopprof.plan.memory import Layout, activation_bytes, logits_bytes, state_bytes
 from flopprof.plan.mesh_result import Mesh, Stage, Traffic
 from flopprof.profile import OperatorRow, Profile
 
@@ -104,6 +104,7 @@ def simulate(
             # stages behind this one have not yet sent back as many micro-batches (1F1B)
             under_way = min(pp - index, times)
             kept = activation_bytes(shape, layout, workload.tokens, (last - first + 1) * under_way)
+            kept += logits_bytes(shape, layout, workload.tokens) if index == pp - 1 else 0
         sent = sum(moved for fqn, moved in exchange if blocks.stage_of(fqn) == index)
         stages.append(
             Stage(

@@ -55,11 +55,10 @@ def _facts(mesh: Mesh) -> list[tuple[str, str]]:
     equal = mesh.ranks_flops == mesh.whole_flops
     extra = mesh.ranks_flops - mesh.whole_flops
     verdict = "as unsharded" if equal else f"{extra:.4g} more than unsharded, done on {mesh.tp} ranks alike"
+    micro = f"{mesh.micro_batches} micro-batches of {mesh.micro_batch}"
     facts = [
-        (
-            "a step",
-            f"{sequences:,} sequences{tokens}: {mesh.micro_batches} micro-batches of {mesh.micro_batch} a replica",
-        ),
+        ("stage", f"{mesh.tp * mesh.dp:,} ranks each, all alike"),
+        ("a step", f"{sequences:,} sequences{tokens}: {micro} a replica"),
         ("all ranks", f"{mesh.ranks_flops:.6g} FLOPs, {verdict}"),
     ]
     if not equal:
@@ -68,7 +67,7 @@ def _facts(mesh: Mesh) -> list[tuple[str, str]]:
         bubble = f"{mesh.bubble:.1%} of a step in the bubble of 1F1B"
         facts.append(("pipeline", f"{bubble}; the mean stage has {mesh.balance:.1%} of the longest one's FLOPs"))
     facts.append(("sent", "bytes a step of each rank: around rings (TP, DP), to the stages beside it (PP)"))
-    facts.append(("states", f"weights, gradients, optimizer, ZeRO {mesh.zero}; activations where the shape is known"))
+    facts.append(("states", f"weights, gradients, optimizer, ZeRO {mesh.zero}; activations and logits of the forward"))
     return facts
 
 
