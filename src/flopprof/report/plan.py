@@ -21,22 +21,32 @@ Fact = tuple[str, str]
 
 def render(plan: Plan) -> RenderableType:
     """The sections that the plan has something to say in."""
-    sections: list[tuple[str, list[Fact]]] = [
+    shown = sections(plan)
+    parts: list[RenderableType] = []
+    width = max(len(label) for _, facts in shown for label, _ in facts)
+    for title, facts in shown:
+        padded = [(label.ljust(width), text) for label, text in facts]
+        parts += [Text(title, style="bold"), Facts(padded), Text()]
+    told = notes(plan)
+    if told:
+        return Group(*parts, Facts([(label.ljust(width), text) for label, text in told]))
+    return Group(*parts[:-1])
+
+
+def sections(plan: Plan) -> list[tuple[str, list[Fact]]]:
+    """(title, labelled sentences) of each part that the plan has something to say in."""
+    parts = [
         ("Training", _training(plan)),
         ("Best use of these FLOPs", _optima(plan)),
         ("Training memory, fullest device", _memory(plan)),
         ("Decoding", _serving(plan)),
     ]
-    parts: list[RenderableType] = []
-    width = max(len(label) for _, facts in sections for label, _ in facts)
-    for title, facts in sections:
-        if facts:
-            padded = [(label.ljust(width), text) for label, text in facts]
-            parts += [Text(title, style="bold"), Facts(padded), Text()]
-    notes = [("assumed", text) for text in plan.assumptions] + [("warning", text) for text in plan.warnings]
-    if notes:
-        return Group(*parts, Facts([(label.ljust(width), text) for label, text in notes]))
-    return Group(*parts[:-1])
+    return [(title, facts) for title, facts in parts if facts]
+
+
+def notes(plan: Plan) -> list[Fact]:
+    """What was assumed, and what to beware of."""
+    return [("assumed", text) for text in plan.assumptions] + [("warning", text) for text in plan.warnings]
 
 
 def _training(plan: Plan) -> list[Fact]:
