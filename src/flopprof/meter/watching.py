@@ -98,7 +98,7 @@ class _Engine:
 
 
 def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    if _listeners and _node() is None and not torch.compiler.is_compiling():  # else in a backward: part of it
+    if _listeners and not torch.compiler.is_compiling() and _node() is None:  # else in a backward: part of it
         closure = (len(args) > 1 or bool(kwargs)) and has_closure(args, kwargs)
         for listener in _listeners:
             if listener.thread == _thread():
