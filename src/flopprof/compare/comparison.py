@@ -244,8 +244,22 @@ class Comparison(msgspec.Struct, frozen=True, kw_only=True):
         return msgspec.structs.replace(self, rows=tuple(sorted(self.rows, key=key)))
 
     def to_json(self) -> str:
-        """The whole comparison as JSON, schema `flopprof.comparison/1`; from_json reads it."""
-        return msgspec.json.encode(self).decode()
+        """The whole comparison as JSON, schema `flopprof.comparison/1`, which from_json reads.
+
+        What follows from it is in it too: the figures of every row, their ratios, and the Pareto front.
+        """
+        derived = {
+            "figures": {row.name: {name: value(row) for name, value in FIGURES.items()} for row in self.rows},
+            "ratios": {name: self.ratios(name) for name in FIGURES},
+            "pareto": sorted(self.pareto()),
+        }
+        return msgspec.json.encode({**msgspec.to_builtins(self), **derived}).decode()
+
+    def _repr_html_(self) -> str:
+        """The tables for a notebook."""
+        from flopprof.report.comparison_files import to_html
+
+        return to_html(self)
 
     @classmethod
     def from_json(cls, text: str | bytes, *, name: str = "") -> Comparison:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import torch
 
 from flopprof.compare.comparison import Latency
+from flopprof.counting.preserve import preserved
 from flopprof.errors import UsageError
 from flopprof.models import Workload
 
@@ -27,7 +28,7 @@ def measure_latency(
     if kind == "meta":
         raise UsageError(f"{workload.name} lives on meta, where nothing takes time: move it to the CPU or a GPU.")
     times: list[float] = []
-    with torch.inference_mode():
+    with preserved([workload.model], (workload.args, workload.kwargs)), torch.inference_mode():
         for _ in range(_WARM_UP):
             workload.model(*workload.args, **workload.kwargs)
         _finish(kind)

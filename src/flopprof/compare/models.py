@@ -75,7 +75,7 @@ def row_of(workload: Workload, name: str, *, attention: Attention = "full", accu
     zeros = None
     if profile.device != "meta" and profile.device == workload.device:
         zeros = density(workload.model, profile)
-    elif masked(workload.model):
+    if zeros is None and masked(workload.model):
         notes.append("its pruning masks have no values on meta: --device cpu tells the density")
     return msgspec.structs.replace(
         row,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +12,6 @@ from typing import IO
 import msgspec
 import torch
 
-import flopprof
 from flopprof.compare.comparison import Row
 from flopprof.compare.models import Job
 from flopprof.errors import UsageError
@@ -43,7 +43,7 @@ class Finished:
         """Keeps a row."""
         if self._stream is None:
             return
-        line = _Line(job=job, row=row, flopprof=flopprof.__version__, torch=str(torch.__version__))
+        line = _Line(job=job, row=row, flopprof=_version(), torch=str(torch.__version__))
         self._stream.write(msgspec.json.encode(line) + b"\n")
         self._stream.flush()
         os.fsync(self._stream.fileno())
@@ -95,10 +95,14 @@ def _read(text: bytes, path: str) -> dict[bytes, Row]:
             ) from error
         if kept.schema != SCHEMA:
             raise UsageError(f"{path}, line {number}: schema {kept.schema!r}, this flopprof reads {SCHEMA!r}.")
-        if not kept.row.failed and (kept.flopprof, kept.torch) == (flopprof.__version__, str(torch.__version__)):
+        if not kept.row.failed and (kept.flopprof, kept.torch) == (_version(), str(torch.__version__)):
             rows[_key(kept.job)] = kept.row
     return rows
 
 
 def _key(job: Job) -> bytes:
     return msgspec.json.encode(job, order="deterministic")
+
+
+def _version() -> str:
+    return importlib.metadata.version("flopprof")

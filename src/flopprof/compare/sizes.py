@@ -56,8 +56,8 @@ def density(model: nn.Module, profile: Profile) -> tuple[Density, int] | None:
     """Non-zero elements of the weights that the forward multiplies, and its FLOPs if the zeros were skipped.
 
     Masks of torch.nn.utils.prune and parametrizations are applied. Each element of a weight takes part in as many
-    multiply-adds as any other, so that a share of zeros is that share of the products. None where nothing is zero.
-    Raises ValueError where there are no values: on meta.
+    multiply-adds as any other, so that a share of zeros is that share of the products. None where there are no values,
+    as on meta, or no weights that are parameters.
     """
     model = unwrap(model)
     rows = [row for row in profile.operators if row.phase == "forward"]
@@ -66,11 +66,11 @@ def density(model: nn.Module, profile: Profile) -> tuple[Density, int] | None:
     for name, tensor in _effective(model).items():
         if name in names:
             if tensor.is_meta:
-                raise ValueError("the meta device has no values.")
+                return None
             found[name] = (int(torch.count_nonzero(tensor.detach())), tensor.numel())
-    nonzero, elements = (sum(column) for column in zip(*found.values(), strict=True)) if found else (0, 0)
-    if nonzero == elements:
+    if not found:
         return None
+    nonzero, elements = (sum(column) for column in zip(*found.values(), strict=True))
     sparse = sum(_skipping_zeros(row, found) for row in rows)
     return Density(nonzero=nonzero, elements=elements), sparse
 

@@ -11,7 +11,7 @@ from rich.text import Text
 from flopprof.compare.comparison import Comparison, Row
 from flopprof.report.facts import Facts
 from flopprof.report.grid import Column, Grid
-from flopprof.units import common_step, format_fixed, format_si, unit_name
+from flopprof.units import common_step, format_fixed, unit_name
 
 UNKNOWN = "n/a"
 _NAMED = 4
@@ -70,12 +70,12 @@ def _table(title: str, rows: Sequence[Row], figures: Sequence[_Figure]) -> Table
 def _compute(comparison: Comparison, rows: Sequence[Row], *, same: bool) -> Iterator[_Figure]:
     bounds = [">=" if row.uncounted else "" for row in rows]
     if not same:
-        yield _Figure(Column("Input", number=False, elastic=True), [row.inputs.removeprefix("input ") for row in rows])
+        yield _Figure(Column("Input", number=False, elastic=True), [_shapes(row) for row in rows])
     yield _counts("Params", "", [row.n_params for row in rows])
     yield _counts("Forward", "FLOPs", [row.forward_flops for row in rows], bounds)
     yield _ratios(comparison, "flops", rows)
-    if any(row.sparse_forward_flops is not None for row in rows):
-        yield _counts("Sparse", "FLOPs", [_sparse(row) for row in rows], bounds)
+    if any(row.density is not None and row.density.share < 1 for row in rows):
+        yield _counts("Sparse", "FLOPs", [row.sparse_forward_flops for row in rows], bounds)
         yield _Figure(Column("Density\n%"), [_percent(row) for row in rows])
     yield _counts("Training", "FLOPs", [row.training_flops for row in rows], bounds)
     if any(row.accuracy is not None for row in rows):
@@ -88,7 +88,7 @@ def _compute(comparison: Comparison, rows: Sequence[Row], *, same: bool) -> Iter
 def _memory(comparison: Comparison, rows: Sequence[Row]) -> Iterator[_Figure]:
     held = [row.memory for row in rows]
     yield _counts("Activations", "B", [None if memory is None else memory.activations for memory in held])
-    yield _counts("Training", "B", [None if memory is None else memory.peak for memory in held])
+    yield _counts("Peak", "B", [None if memory is None else memory.peak for memory in held])
     yield _ratios(comparison, "memory", rows)
     step = common_step(size for row in rows for size in row.size_bytes.values())
     for key, head in _SIZES:
@@ -150,12 +150,14 @@ def _accuracy(row: Row, *, on_front: bool) -> str:
     return f"{UNKNOWN}  " if row.accuracy is None else f"{row.accuracy.value:g} {'*' if on_front else ' '}"
 
 
-def _sparse(row: Row) -> int | None:
-    return row.forward_flops if row.sparse_forward_flops is None else row.sparse_forward_flops
-
-
 def _percent(row: Row) -> str:
-    return "" if row.density is None else f"{100 * row.density.share:.1f}"
+    return UNKNOWN if row.density is None else f"{100 * row.density.share:.1f}"
+
+
+def _shapes(row: Row) -> str:
+    """What it ran on, without its mode and the dtype that it computes in: `1x3x224x224`."""
+    shapes, _, mode = row.inputs.removeprefix("input ").rpartition(", ")
+    return (shapes or mode).replace(f" {row.dtype}", "")
 
 
 # --- how to read it -----------------------------------------------------------------------------
@@ -167,12 +169,15 @@ def facts(comparison: Comparison) -> Iterator[tuple[str, str]]:
     yield "forward", "1 multiply-add = 2 FLOPs; of one forward of the input; elementwise FLOPs are apart, in no other"
     if any(row.training_flops is not None for row in rows):
         yield "training", "forward + backward of the sum of the outputs; what is recomputed is not in it"
-    if any(row.density is not None for row in rows):
-        yield "sparse", "forward FLOPs if the weights' zeros were skipped; density: weights that are not zero"
+    if any(row.density is not None and row.density.share < 1 for row in rows):
+        yield (
+            "sparse",
+            "forward FLOPs if the weights' zeros were skipped; density: multiplied weights that are not zero",
+        )
     yield from _accuracies(comparison, rows)
     if any(row.memory is not None for row in rows):
         yield "activations", "what autograd keeps for the backward; fused attention as its kernels keep it, no scores"
-        yield "training B", "activations + weights + gradients + two AdamW states of each parameter that trains"
+        yield "peak", "activations + weights + gradients + two AdamW states of each parameter that trains"
     if any(row.size_bytes for row in rows):
         yield "stored", "parameters and persistent buffers, tied ones once; of a checkpoint, its files"
         yield (
@@ -185,6 +190,7 @@ def facts(comparison: Comparison) -> Iterator[tuple[str, str]]:
     for device in dict.fromkeys(row.latency.device for row in rows if row.latency is not None):
         least = min(row.latency.runs for row in rows if row.latency is not None and row.latency.device == device)
         yield "measured", f"forward without gradients on {device}; {least} runs or more of each"
+    yield from _modes(rows)
     dtypes = _by_value(rows, lambda row: [row.dtype] if row.dtype else [])
     if len(dtypes) > 1:
         for number, (dtype, names) in enumerate(dtypes.items()):
@@ -194,7 +200,16 @@ def facts(comparison: Comparison) -> Iterator[tuple[str, str]]:
     yield from _remarks(rows)
     failures = [row for row in comparison.rows if row.failed]
     for number, row in enumerate(failures):
-        yield "" if number else "failed", f"{row.name}: {row.failed}"
+        reason = row.failed if row.failed.startswith(f"{row.name} ") else f"{row.name}: {row.failed}"
+        yield "" if number else "failed", reason
+
+
+def _modes(rows: Sequence[Row]) -> Iterator[tuple[str, str]]:
+    """Training mode or not, where models differ in it."""
+    modes = _by_value(rows, lambda row: [row.inputs.rpartition(", ")[2]] if ", " in row.inputs else [])
+    if len(modes) > 1:
+        for number, (mode, names) in enumerate(modes.items()):
+            yield "" if number else "mode", f"{mode}: {_names(names)}"
 
 
 def _accuracies(comparison: Comparison, rows: Sequence[Row]) -> Iterator[tuple[str, str]]:
@@ -233,10 +248,3 @@ def _by_value(rows: Sequence[Row], told: Callable[[Row], Sequence[str]]) -> dict
 def _names(names: Sequence[str]) -> str:
     more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
     return ", ".join(names[:_NAMED]) + more
-
-
-def summary(row: Row) -> str:
-    """One line of a row: what a progress bar says of it."""
-    if row.failed:
-        return f"{row.name}: {row.failed}"
-    return f"{row.name}: {format_si(row.forward_flops or 0, 'FLOPs')}"
