@@ -107,6 +107,10 @@ def inference(
 
     try:
         return run(workload)
+    except UsageError as error:  # of inputs that hold too few tokens, by the name that they have elsewhere
+        if seq is not None or "--seq" not in str(error):
+            raise
+        raise UsageError(str(error).replace("--seq", "--context" if mode == "decode" else "--prompt")) from error
     except ModelFailed as error:
         if workload.on_cpu is None or not needs_values(error):
             raise

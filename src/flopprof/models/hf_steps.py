@@ -97,10 +97,10 @@ class Session:
         The proof that it is the same: of two short prompts, one lengthened is the other, tensor by tensor.
         """
         least, more = _SHORT
-        if context <= more or self._made.paired or self._memo.whole or not self._made.text_alone:
+        if context <= more or self._made.paired or self._memo.whole or not self._made.text_alone or not self._recurs():
             return self._fill(batch, context, source)
         short = self._fill(batch, least, source)
-        if known(short.cache) and (recurrent(short.cache) or self._elsewhere()):
+        if known(short.cache) and recurrent(short.cache):
             lengthen(short.cache, more - least)
             found = [_outline(item) for item in self._held(short)]
             longer = self._fill(batch, more, source)
@@ -133,10 +133,20 @@ class Session:
 
     def _given(self, kwargs: Mapping[str, Any]) -> tuple[str, Any] | None:
         """The cache that generate() hands to a model that makes none itself, once filled; None where it stays empty."""
-        cache = load_transformers().DynamicCache(config=self._model.config.get_text_config(decoder=True))
+        cache = self._empty()
         self._model(**{**kwargs, "past_key_values": cache})
         self._memo.given = any(True for _ in held(cache))
         return ("past_key_values", cache) if self._memo.given else None
+
+    def _empty(self) -> Any:
+        return load_transformers().DynamicCache(config=self._model.config.get_text_config(decoder=True))
+
+    def _recurs(self) -> bool:
+        """Does the config speak of layers that keep a state? True where it cannot be asked."""
+        try:
+            return recurrent(self._empty())
+        except Exception:  # a config of a kind of its own
+            return True
 
     def _elsewhere(self) -> list[Held]:
         """What the model's modules keep themselves, since the session began."""
