@@ -10,6 +10,9 @@ from typing import Any
 import torch
 
 import flopprof
+from flopprof.compare.comparison import Accuracy, Comparison, Ideal, Row, side_by_side
+from flopprof.meter.figures import StepRecord
+from flopprof.meter.records import SCHEMA, Process, RunStart
 from flopprof.profile import ElementwiseRow, ModuleRow, Operand, OperatorRow, ParameterRow, Profile, UncountedRow
 
 HOSTILE = (
@@ -21,6 +24,9 @@ HOSTILE = (
     "\"'><!--",
 )
 BATCH, INSIDE, OUTSIDE = 2, 8, 4
+NAME = "<b>small</b>"
+SMALL, LARGE = 3_628_146_688, 2**60 + 1
+STEP_S, FLOPS, PEAK = 0.5, 10**14, 4 * 10**14
 
 
 class Hostile(torch.nn.Module):
@@ -120,6 +126,50 @@ def with_hole(profile: Profile) -> Profile:
     """The same with an operator of no formula in the last module."""
     hole = UncountedRow(op="mine::odd", fqn=profile.modules[-1].fqn, phase="forward", calls=3, reason="no formula.")
     return rebuilt(profile, uncounted_rows=json.loads(Profile(uncounted_rows=(hole,)).to_json())["uncounted_rows"])
+
+
+def compared() -> Comparison:
+    def row(name: str, flops: int, accuracy: float | None, **more: object) -> Row:
+        published = None if accuracy is None else Accuracy(metric="acc@1", value=accuracy, dataset="d", weights="w")
+        return Row(
+            name=name,
+            inputs="1x3",
+            samples=1,
+            n_params=10,
+            forward_flops=flops,
+            accuracy=published,
+            ideal=Ideal(compute_s=0.25, memory_s=0.5, device="H100"),
+            **more,  # type: ignore[arg-type]
+        )
+
+    rows = [
+        row(NAME, SMALL, 70.0),
+        row("large", LARGE, 80.0),
+        row("worse", LARGE + 2, 60.0, uncounted={"mine::odd": 1}),
+        Row(name="broken", failed="it raised <it>."),
+    ]
+    return side_by_side(rows, hardware="H100")
+
+
+def records(steps: int, *, rank: int = 0, world: int = 1) -> Process:
+    """Steps of half a second and 10^14 FLOPs at a peak of 4 x 10^14: an MFU of a half; the first is left out."""
+    return Process(
+        start=RunStart(started_at=0.0, schema=SCHEMA, device="cuda:0", peak="<H100>", rank=rank, world_size=world),
+        records=tuple(
+            StepRecord(
+                step=step,
+                ended_at=float(step),
+                step_time_s=STEP_S,
+                flops={"bfloat16": (FLOPS, 2 * FLOPS)},
+                tokens=1000,
+                left_out=() if step else ("first",),
+                data_wait_s=0.125,
+                paused_s={"checkpoint": 2.0} if step == 1 else {},
+            )
+            for step in range(steps)
+        ),
+        peaks={"bfloat16": PEAK},
+    )
 
 
 class Page(HTMLParser):

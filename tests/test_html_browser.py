@@ -20,10 +20,13 @@ from selenium.webdriver.support.select import Select
 from selenium.webdriver.support.wait import WebDriverWait
 
 from flopprof.hardware import device
+from flopprof.plan import plan
 from flopprof.profile import Profile, ancestors
+from flopprof.report.html import comparison, meter
 from flopprof.report.html import page as frame
+from flopprof.report.html import plan as planned
 from flopprof.report.html.profile import render
-from html_pages import HOSTILE, hostile, synthetic, with_hole
+from html_pages import HOSTILE, LARGE, NAME, SMALL, compared, hostile, records, synthetic, with_hole
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 DRIVER = shutil.which("chromedriver")
@@ -304,6 +307,36 @@ def test_points_lie_under_the_roof_of_the_device_chosen(opened: Browser) -> None
             assert rate == pytest.approx(min(row.peaks["bfloat16"], intensity * row.bytes_per_s))
         roof = next(trace for trace in traces if trace["mode"] == "lines")
         assert max(roof["y"]) == row.peaks["bfloat16"]
+
+
+# --- comparisons, runs and plans -------------------------------------------------------------------
+def test_models_are_points_and_rows(browser: Browser) -> None:
+    browser.open(comparison.render(compared()))
+    points = "return document.getElementById('scatter').data.flatMap((t) => t.x.map((x, i) => [t.text[i], x, t.y[i]]))"
+    name = NAME.replace("<", "&lt;").replace(">", "&gt;")
+    assert {tuple(point) for point in browser.js(points)} == {
+        (name, SMALL, 70),
+        ("large", float(LARGE), 80),
+        ("worse", float(LARGE + 2), 60),
+    }
+    drawn = browser.js("return [...document.querySelectorAll('#scatter .textpoint')].map((e) => e.textContent)")
+    assert {NAME, "large", "worse"} == set(drawn)
+    Select(browser.find("#up")).select_by_value("params")
+    assert {y for _, _, y in browser.js(points)} == {10}
+    head(browser, "Forward").click()  # the two largest differ by 2, which a browser's number cannot tell
+    assert browser.column(1) == ["worse", "large \N{BLACK DIAMOND}", f"{NAME} \N{BLACK DIAMOND}"]
+    browser.find("#search").send_keys("SMALL")
+    assert browser.column(1) == [f"{NAME} \N{BLACK DIAMOND}"]
+
+
+def test_a_run_and_a_plan_are_drawn(browser: Browser) -> None:
+    for page, charts in (
+        (meter.render([records(4, rank=rank, world=2) for rank in range(2)]), 5),
+        (planned.render(plan("llama-3.1-8b", tokens=10**12, hardware="H100", mfu=0.5, devices=64)), 3),
+    ):
+        browser.open(page)
+        assert browser.js("return [...document.querySelectorAll('.chart')].filter((e) => e._fullData).length") == charts
+        assert browser.js("return document.querySelectorAll('main b').length") == 0
 
 
 # --- every screen, and paper -----------------------------------------------------------------------

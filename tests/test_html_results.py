@@ -1,0 +1,131 @@
+"""The pages of comparisons, runs and plans as text: exact figures, valid charts, names that stay text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import plotly.graph_objects as go
+import pytest
+from typer.testing import CliRunner
+
+from flopprof.cli.main import app
+from flopprof.compare.comparison import Row, side_by_side
+from flopprof.meter.records import Process
+from flopprof.plan import plan
+from flopprof.report.html import comparison, meter
+from flopprof.report.html import page as frame
+from flopprof.report.html import plan as planned
+from html_pages import FLOPS, LARGE, NAME, SMALL, STEP_S, Page, compared, records
+
+
+@pytest.fixture(autouse=True)
+def _no_plotly(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(frame, "plotly_js", lambda: "")
+
+
+def check(text: str) -> Page:
+    read = Page(text)
+    assert {"b", "it", "h100"}.isdisjoint(tag for tag, _ in read.tags)
+    ids = [attrs["id"] for _, attrs in read.tags if "id" in attrs]
+    assert len(ids) == len(set(ids))
+    assert set(read.data["figures"]) <= set(ids)
+    for figure in read.data["figures"].values():
+        go.Figure(data=figure["data"], layout=figure["layout"])
+    return read
+
+
+# --- comparisons -----------------------------------------------------------------------------------
+def test_a_comparison_has_every_figure_and_reason() -> None:
+    read = check(comparison.render(compared(), heading="batch 1"))
+    for words in (
+        NAME,
+        f"{SMALL:,}",
+        f"{LARGE:,}",
+        f"≥ {LARGE + 2:,}",
+        "broken: it raised <it>.",
+        "no formula for mine::odd",
+    ):
+        assert words in read.text
+    found = read.data["comparison"]
+    keys = [column["key"] for column in found["columns"]]
+    assert keys == ["params", "flops", "macs", "accuracy", "ideal"]  # only what some model has
+    assert [row["name"] for row in found["rows"]] == [NAME, "large", "worse"]
+    assert [row["pareto"] for row in found["rows"]] == [True, True, False]
+    assert [row["values"][keys.index("flops")] for row in found["rows"]] == [SMALL, str(LARGE), str(LARGE + 2)]
+    assert [row["ratio"] for row in found["rows"]] == pytest.approx([1, LARGE / SMALL, (LARGE + 2) / SMALL])
+    assert {row["values"][keys.index("ideal")] for row in found["rows"]} == {0.5}
+
+
+def test_a_comparison_of_what_failed_is_a_page() -> None:
+    read = check(comparison.render(side_by_side([Row(name="broken", failed="it raised.")])))
+    assert "1 model compared" in read.text
+    assert "broken: it raised." in read.text
+
+
+# --- runs ------------------------------------------------------------------------------------------
+def test_a_run_shows_what_its_timed_steps_achieved() -> None:
+    read = check(meter.render([records(5)], title="<b>run</b>.jsonl"))
+    assert "MFU 50.0 %" in read.text
+    assert "HFU 100.0 %" in read.text
+    assert f"{4 * FLOPS:,} FLOPs" in read.text
+    assert "5 steps, of which 4 are timed" in read.text
+    assert "left out: 1 first" in read.text
+    figures = read.data["figures"]
+    assert figures["mfu"]["data"][0]["x"] == [1, 2, 3, 4]
+    assert figures["mfu"]["data"][0]["y"] == [0.5] * 4
+    assert figures["hfu"]["data"][0]["y"] == [1.0] * 4
+    assert figures["step-time"]["data"][0]["y"] == [STEP_S] * 4
+    assert figures["tokens"]["data"][0]["y"] == [2000.0] * 4
+    times = dict(zip(figures["times"]["data"][0]["y"], figures["times"]["data"][0]["x"], strict=True))
+    assert times == {"timed steps": 2.0, "steps left out": 0.5, "data wait": 0.625, "checkpoint": 2.0}
+
+
+def test_many_steps_are_taken_together_and_their_mfu_stays() -> None:
+    read = check(meter.render([records(2502)]))
+    [trace] = read.data["figures"]["mfu"]["data"]
+    assert len(trace["x"]) == 834  # 2501 timed steps, three at a time
+    assert trace["y"] == pytest.approx([0.5] * 834)
+    assert "A point is up to 3 steps in a row" in read.text
+
+
+def test_each_rank_and_each_start_is_a_line() -> None:
+    ranks = check(meter.render([records(4, rank=rank, world=2) for rank in range(2)]))
+    assert [trace["name"] for trace in ranks.data["figures"]["mfu"]["data"]] == ["rank 0", "rank 1"]
+    starts = check(meter.render([records(4), records(3)]))
+    assert [trace["name"] for trace in starts.data["figures"]["mfu"]["data"]] == ["start 1", "start 2"]
+
+
+def test_a_run_without_a_peak_has_no_mfu_and_one_without_steps_is_a_page() -> None:
+    whole = records(3)
+    unknown = check(meter.render([Process(start=whole.start, records=whole.records, reason="no table peak.")]))
+    assert "MFU not known" in unknown.text
+    assert "no MFU: no table peak." in unknown.text
+    assert "mfu" not in unknown.data["figures"]
+    assert "0 steps" in check(meter.render([records(0)])).text
+
+
+# --- plans -----------------------------------------------------------------------------------------
+def test_a_plan_is_a_page(tmp_path: Path) -> None:
+    """6 x 7e9 x 1e12 FLOPs on 64 H100s."""
+    found = plan(params=7 * 10**9, tokens=10**12, hardware="H100", mfu=0.5, devices=64)
+    read = check(planned.render(found))
+    assert "4.2e+22 FLOPs" in read.text
+    assert found.device_hours is not None
+    [line, point] = read.data["figures"]["time"]["data"]
+    assert point["x"] == [64]
+    assert point["y"] == pytest.approx([found.device_hours / 24 / 64])
+    assert [x * y for x, y in zip(line["x"], line["y"], strict=True)] == pytest.approx(
+        [found.device_hours / 24] * len(line["x"])
+    )
+    memory = {bar["name"]: bar["x"][0] for bar in read.data["figures"]["memory"]["data"]}
+    assert memory.pop("device") == found.device_memory_bytes
+    assert found.memory is not None
+    assert sum(memory.values()) == found.memory.total_bytes
+    file = tmp_path / "plan.html"
+    result = CliRunner().invoke(app, ["plan", "--params", "7e9", "--tokens", "1e12", "--html", str(file)])
+    assert result.exit_code == 0, result.output
+    assert "4.2e+22 FLOPs" in Page(file.read_text()).text
+    for more, sentence in ((["--published"], "without --published"), (["--json", "-"], "both --json and --html")):
+        result = CliRunner().invoke(app, ["plan", "--params", "7e9", *more, "--html", "-"])
+        assert result.exit_code == 2
+        assert sentence in result.output
