@@ -20,6 +20,7 @@ from flopprof.cli.models import models
 from flopprof.cli.peaks import peaks
 from flopprof.cli.plan import plan
 from flopprof.cli.reconcile import reconcile
+from flopprof.cli.report import report
 from flopprof.cli.run import run
 from flopprof.errors import FlopprofError
 
@@ -100,6 +101,7 @@ _COMMANDS: tuple[tuple[Callable[..., None], str, str], ...] = (
         "flopprof plan --params 7e9 --tokens 1e12 --hardware H100 --mfu 0.5 --price 2",
         "flopprof plan llama-3.1-70b --hardware H100 --zero 3 --devices 64",
     ),
+    (report, "flopprof report run.jsonl", "flopprof report run.rank0.jsonl run.rank1.jsonl --json -"),
 )
 for _command, *_examples in _COMMANDS:
     app.command(epilog="\n\n".join(["Examples:", *_examples]))(_command)

@@ -163,13 +163,11 @@ def _times(whole: Figures) -> str:
 
 def format_time(seconds: float) -> str:
     """`12.34 ms`."""
-    return (
-        f"{seconds:.3f} s"
-        if seconds >= 1
-        else f"{1e3 * seconds:.2f} ms"
-        if seconds >= 1e-3
-        else f"{1e6 * seconds:.1f} us"
-    )
+    for scale, unit in ((1e6, "us"), (1e3, "ms")):
+        text = f"{scale * seconds:.1f}" if unit == "us" else f"{scale * seconds:.2f}"
+        if float(text) < 1000:
+            return f"{text} {unit}"
+    return f"{seconds:.3f} s"
 
 
 def _convention(convention: Convention) -> str:
