@@ -62,6 +62,16 @@ def test_a_comparison_of_what_failed_is_a_page() -> None:
     assert "broken: it raised." in read.text
 
 
+def test_the_command_writes_the_page(tmp_path: Path) -> None:
+    file, net = tmp_path / "models.html", f"{Path(__file__).parent / 'sample_models' / 'nets.py'}:Mlp"
+    result = CliRunner().invoke(app, ["compare", net, "--at", "input=2x8", "--workers", "0", "--html", str(file)])
+    assert result.exit_code == 0, result.output
+    assert f"{2 * 2 * (8 * 16 + 16 * 4):,}" in Page(file.read_text()).text
+    result = CliRunner().invoke(app, ["compare", net, "--html", "-", "--csv", "-"])
+    assert result.exit_code == 2
+    assert "several options ask for standard output" in result.output
+
+
 # --- runs ------------------------------------------------------------------------------------------
 def test_a_run_shows_what_its_timed_steps_achieved() -> None:
     read = check(meter.render([records(5)], title="<b>run</b>.jsonl"))

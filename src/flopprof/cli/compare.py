@@ -104,13 +104,18 @@ def compare(
         str | None,
         typer.Option(help="Write the tables as Markdown; - as above.", metavar="FILE", rich_help_panel=REPORT),
     ] = None,
+    html: Annotated[
+        str | None,
+        typer.Option(
+            help="Write one page with a chart of any two figures, which works offline; - as above.",
+            metavar="FILE",
+            rich_help_panel=REPORT,
+        ),
+    ] = None,
 ) -> None:
     """Compare models, or variants of one: FLOPs, memory, sizes, accuracy, ideal and real latency, side by side."""
-    written = (json, csv, markdown)
-    if written.count(STDOUT) > 1:
-        raise UsageError("several options ask for standard output by -: give all but one of them a file.")
-    for path in written:
-        require_writable(path)
+    files = _Files(json=json, csv=csv, markdown=markdown, html=html)
+    files.check()
     with progress("Loading"):
         from flopprof.compare.run import Interrupted
         from flopprof.compare.run import compare as run
@@ -141,29 +146,55 @@ def compare(
                 progress=note,
             )
     except Interrupted as stop:
-        _write(stop.comparison, json, csv, markdown)
+        files.write(stop.comparison)
         kept = f"kept in {resume}: the same command goes on" if resume else "--resume FILE would keep them"
         typer.echo(f"flopprof: interrupted; {len(stop.comparison)} of {len(things)} rows, {kept}.", err=True)
         raise typer.Exit(_INTERRUPTED) from stop
-    _write(comparison, json, csv, markdown)
+    files.write(comparison)
     failures = [row for row in comparison.rows if row.failed]
     if failures and len(failures) == len(comparison):
         first = failures[0]
         raise FlopprofError(first.failed if len(failures) == 1 else f"every model failed; {first.name}: {first.failed}")
 
 
-def _write(comparison: Comparison, json: str | None, csv: str | None, markdown: str | None) -> None:
-    from flopprof.report.comparison import render
-    from flopprof.report.comparison_files import to_csv, to_markdown
+@dataclass(frozen=True, kw_only=True)
+class _Files:
+    """The files that are asked for."""
 
-    if json is not None:
-        write_text(json, comparison.to_json())
-    if csv is not None:
-        write_text(csv, to_csv(comparison))
-    if markdown is not None:
-        write_text(markdown, to_markdown(comparison))
-    if STDOUT not in (json, csv, markdown):
-        console().print(render(comparison), crop=False)
+    json: str | None
+    csv: str | None
+    markdown: str | None
+    html: str | None
+
+    def check(self) -> None:
+        """Raises UsageError for files that cannot be written, and for two that want standard output."""
+        paths = [path for path in (self.json, self.csv, self.markdown, self.html) if path is not None]
+        if paths.count(STDOUT) > 1:
+            raise UsageError("several options ask for standard output by -: give all but one of them a file.")
+        for path in paths:
+            require_writable(path)
+        if self.html is not None:
+            from flopprof.report.html.page import require_plotly
+
+            require_plotly()
+
+    def write(self, comparison: Comparison) -> None:
+        """Write each file, and print the tables unless a file goes to standard output."""
+        from flopprof.report.comparison import render
+        from flopprof.report.comparison_files import to_csv, to_markdown
+
+        if self.json is not None:
+            write_text(self.json, comparison.to_json())
+        if self.csv is not None:
+            write_text(self.csv, to_csv(comparison))
+        if self.markdown is not None:
+            write_text(self.markdown, to_markdown(comparison))
+        if self.html is not None:
+            from flopprof.report.html.comparison import render as page
+
+            write_text(self.html, page(comparison))
+        if STDOUT not in (self.json, self.csv, self.markdown, self.html):
+            console().print(render(comparison), crop=False)
 
 
 def _saved(typed: str) -> Profile | None:

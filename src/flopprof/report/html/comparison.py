@@ -130,7 +130,7 @@ def _notes(comparison: Comparison) -> Iterator[Section]:
     lines.append(("convention", "1 multiply-add = 2 FLOPs; elementwise FLOPs are in none of the other counts"))
     for row in comparison:
         if not row.failed:
-            run = [row.inputs, row.dtype, row.device, f"attention {row.attention}"]
+            run = [row.inputs or row.dtype, row.device, f"attention {row.attention}"]
             lines.append((row.name, ", ".join(part for part in run if part)))
             lines += [("", text) for text in _told(row)]
     yield Section(anchor="notes", title="Notes", body=facts(lines))
