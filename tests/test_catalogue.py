@@ -14,6 +14,7 @@ from typing import Any
 
 import msgspec
 import pytest
+import torch
 from typer.testing import CliRunner, Result
 
 import flopprof
@@ -149,6 +150,22 @@ def test_transformers_builds_the_model(row: catalogue.Entry) -> None:
         every = next(text[name] for name in ("num_local_experts", "num_experts", "n_routed_experts") if name in text)
         routed = sum(size for name, size in sizes.items() if ".experts." in name)
         assert row.parameters - routed // every * (every - text["num_experts_per_tok"]) == row.active
+
+
+@pytest.mark.parametrize(
+    ("name", "model"),
+    [
+        ("vit-base-patch16", "vit_base_patch16_224"),
+        ("deit-small", "deit_small_patch16_224"),
+        ("swin-tiny", "swin_tiny_patch4_window7_224"),
+        ("convnext-base", "convnext_base"),
+    ],
+)
+def test_another_library_builds_as_many_parameters(name: str, model: str) -> None:
+    timm = pytest.importorskip("timm")
+    with torch.device("meta"):
+        built = timm.create_model(model)
+    assert sum(parameter.numel() for parameter in built.parameters()) == catalogue.entries()[name].parameters
 
 
 @pytest.mark.parametrize("row", SPREAD)
