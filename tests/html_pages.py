@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from html.parser import HTMLParser
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,8 +13,10 @@ import torch
 import flopprof
 from flopprof.compare.comparison import Accuracy, Comparison, Ideal, Row, side_by_side
 from flopprof.meter.figures import StepRecord
-from flopprof.meter.records import SCHEMA, Process, RunStart
+from flopprof.meter.records import SCHEMA, RecordWriter, RunStart, read
+from flopprof.meter.runs import run_of
 from flopprof.profile import ElementwiseRow, ModuleRow, Operand, OperatorRow, ParameterRow, Profile, UncountedRow
+from flopprof.report.html import meter
 
 HOSTILE = (
     "<script>alert(1)</script>",
@@ -26,7 +29,7 @@ HOSTILE = (
 BATCH, INSIDE, OUTSIDE = 2, 8, 4
 NAME = "<b>small</b>"
 SMALL, LARGE = 3_628_146_688, 2**60 + 1
-STEP_S, FLOPS, PEAK = 0.5, 10**14, 4 * 10**14
+STEP_S, WAIT_S, FLOPS, PEAK = 0.5, 0.125, 10**14, 4 * 10**14
 
 
 class Hostile(torch.nn.Module):
@@ -151,25 +154,46 @@ def compared() -> Comparison:
     return side_by_side(rows, hardware="H100")
 
 
-def records(steps: int, *, rank: int = 0, world: int = 1) -> Process:
-    """Steps of half a second and 10^14 FLOPs at a peak of 4 x 10^14: an MFU of a half; the first is left out."""
-    return Process(
-        start=RunStart(started_at=0.0, schema=SCHEMA, device="cuda:0", peak="<H100>", rank=rank, world_size=world),
-        records=tuple(
-            StepRecord(
-                step=step,
-                ended_at=float(step),
-                step_time_s=STEP_S,
-                flops={"bfloat16": (FLOPS, 2 * FLOPS)},
-                tokens=1000,
-                left_out=() if step else ("first",),
-                data_wait_s=0.125,
-                paused_s={"checkpoint": 2.0} if step == 1 else {},
+def records(folder: Path, *steps: int, rank: int = 0, world: int = 1, peak: float | None = PEAK) -> str:
+    """A file of records: of each process so many steps of half a second and 10^14 FLOPs, the first one left out.
+
+    At a peak of 4 x 10^14 FLOP/s that is an MFU of a half. A second process does the last step of the first again.
+    """
+    path = folder / f"<b>run<b>.rank{rank}.{len(steps)}.jsonl".replace("/", "∕")
+    path.unlink(missing_ok=True)
+    done = 0
+    for number in steps:
+        peaks = {} if peak is None else {"bfloat16": peak}
+        start = RunStart(
+            started_at=done * (STEP_S + WAIT_S),
+            schema=SCHEMA,
+            device="cuda:0",
+            peak="<H100>",
+            peaks=peaks,
+            reason="" if peaks else "no table peak.",
+            rank=rank,
+            world_size=world,
+        )
+        writer = RecordWriter(path, start)
+        for step in range(done, done + number):
+            writer.write(
+                StepRecord(
+                    step=step,
+                    ended_at=(step + 1) * (STEP_S + WAIT_S),
+                    step_time_s=STEP_S,
+                    flops={"bfloat16": (FLOPS, 2 * FLOPS)},
+                    tokens=1000,
+                    left_out=() if step else ("first",),
+                    data_wait_s=WAIT_S,
+                )
             )
-            for step in range(steps)
-        ),
-        peaks={"bfloat16": PEAK},
-    )
+        writer.close()
+        done += number - 1
+    return str(path)
+
+
+def run_page(*files: str) -> str:
+    return meter.render([(file, run_of(file), read(file)) for file in files], title="<b>run</b>")
 
 
 class Page(HTMLParser):

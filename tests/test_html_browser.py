@@ -22,11 +22,11 @@ from selenium.webdriver.support.wait import WebDriverWait
 from flopprof.hardware import device
 from flopprof.plan import plan
 from flopprof.profile import Profile, ancestors
-from flopprof.report.html import comparison, meter
+from flopprof.report.html import comparison
 from flopprof.report.html import page as frame
 from flopprof.report.html import plan as planned
 from flopprof.report.html.profile import render
-from html_pages import HOSTILE, LARGE, NAME, SMALL, compared, hostile, records, synthetic, with_hole
+from html_pages import HOSTILE, LARGE, NAME, SMALL, compared, hostile, records, run_page, synthetic, with_hole
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 DRIVER = shutil.which("chromedriver")
@@ -329,9 +329,9 @@ def test_models_are_points_and_rows(browser: Browser) -> None:
     assert browser.column(1) == [f"{NAME} \N{BLACK DIAMOND}"]
 
 
-def test_a_run_and_a_plan_are_drawn(browser: Browser) -> None:
+def test_a_run_and_a_plan_are_drawn(browser: Browser, tmp_path: Path) -> None:
     for page, charts in (
-        (meter.render([records(4, rank=rank, world=2) for rank in range(2)]), 5),
+        (run_page(*(records(tmp_path, 4, rank=rank, world=2) for rank in range(2))), 5),
         (planned.render(plan("llama-3.1-8b", tokens=10**12, hardware="H100", mfu=0.5, devices=64)), 3),
     ):
         browser.open(page)

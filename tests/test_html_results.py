@@ -10,12 +10,11 @@ from typer.testing import CliRunner
 
 from flopprof.cli.main import app
 from flopprof.compare.comparison import Row, side_by_side
-from flopprof.meter.records import Process
 from flopprof.plan import plan
-from flopprof.report.html import comparison, meter
+from flopprof.report.html import comparison
 from flopprof.report.html import page as frame
 from flopprof.report.html import plan as planned
-from html_pages import FLOPS, LARGE, NAME, SMALL, STEP_S, Page, compared, records
+from html_pages import FLOPS, LARGE, NAME, SMALL, STEP_S, WAIT_S, Page, compared, records, run_page
 
 
 @pytest.fixture(autouse=True)
@@ -73,13 +72,12 @@ def test_the_command_writes_the_page(tmp_path: Path) -> None:
 
 
 # --- runs ------------------------------------------------------------------------------------------
-def test_a_run_shows_what_its_timed_steps_achieved() -> None:
-    read = check(meter.render([records(5)], title="<b>run</b>.jsonl"))
+def test_a_run_shows_what_its_timed_steps_achieved(tmp_path: Path) -> None:
+    read = check(run_page(records(tmp_path, 5)))
     assert "MFU 50.0 %" in read.text
     assert "HFU 100.0 %" in read.text
     assert f"{4 * FLOPS:,} FLOPs" in read.text
-    assert "5 steps, of which 4 are timed" in read.text
-    assert "left out: 1 first" in read.text
+    assert "5, of which 4 are timed (left out: 1 first)" in read.text
     figures = read.data["figures"]
     assert figures["mfu"]["data"][0]["x"] == [1, 2, 3, 4]
     assert figures["mfu"]["data"][0]["y"] == [0.5] * 4
@@ -87,31 +85,47 @@ def test_a_run_shows_what_its_timed_steps_achieved() -> None:
     assert figures["step-time"]["data"][0]["y"] == [STEP_S] * 4
     assert figures["tokens"]["data"][0]["y"] == [2000.0] * 4
     times = dict(zip(figures["times"]["data"][0]["y"], figures["times"]["data"][0]["x"], strict=True))
-    assert times == {"timed steps": 2.0, "steps left out": 0.5, "data wait": 0.625, "checkpoint": 2.0}
+    assert times == {"steps": 5 * STEP_S, "data wait": 5 * WAIT_S}
+    assert f"wall clock {5 * (STEP_S + WAIT_S):.3f} 100.0%" in read.text
 
 
-def test_many_steps_are_taken_together_and_their_mfu_stays() -> None:
-    read = check(meter.render([records(2502)]))
+def test_many_steps_are_taken_together_and_their_mfu_stays(tmp_path: Path) -> None:
+    read = check(run_page(records(tmp_path, 2502)))
     [trace] = read.data["figures"]["mfu"]["data"]
     assert len(trace["x"]) == 834  # 2501 timed steps, three at a time
     assert trace["y"] == pytest.approx([0.5] * 834)
     assert "A point is up to 3 steps in a row" in read.text
 
 
-def test_each_rank_and_each_start_is_a_line() -> None:
-    ranks = check(meter.render([records(4, rank=rank, world=2) for rank in range(2)]))
+def test_each_rank_and_each_start_is_a_line(tmp_path: Path) -> None:
+    ranks = check(run_page(*(records(tmp_path, 4, rank=rank, world=2) for rank in range(2))))
     assert [trace["name"] for trace in ranks.data["figures"]["mfu"]["data"]] == ["rank 0", "rank 1"]
-    starts = check(meter.render([records(4), records(3)]))
-    assert [trace["name"] for trace in starts.data["figures"]["mfu"]["data"]] == ["start 1", "start 2"]
+    starts = check(run_page(records(tmp_path, 4, 3)))
+    assert [trace["name"] for trace in starts.data["figures"]["mfu"]["data"]] == ["run, start 1", "run, start 2"]
+    assert "once; 1 steps were done again" in starts.text
+    several = check(run_page(records(tmp_path, 4), records(tmp_path, 3, 2)))
+    assert [trace["name"].rpartition("/")[2] for trace in several.data["figures"]["mfu"]["data"]] == [
+        "&lt;b&gt;run&lt;b&gt;.rank0.1.jsonl",
+        "&lt;b&gt;run&lt;b&gt;.rank0.2.jsonl, start 1",
+        "&lt;b&gt;run&lt;b&gt;.rank0.2.jsonl, start 2",
+    ]
 
 
-def test_a_run_without_a_peak_has_no_mfu_and_one_without_steps_is_a_page() -> None:
-    whole = records(3)
-    unknown = check(meter.render([Process(start=whole.start, records=whole.records, reason="no table peak.")]))
+def test_a_run_without_a_peak_has_no_mfu_and_one_without_steps_is_a_page(tmp_path: Path) -> None:
+    unknown = check(run_page(records(tmp_path, 3, peak=None)))
     assert "MFU not known" in unknown.text
     assert "no MFU: no table peak." in unknown.text
     assert "mfu" not in unknown.data["figures"]
-    assert "0 steps" in check(meter.render([records(0)])).text
+    assert "0, of which 0 are timed" in check(run_page(records(tmp_path, 0))).text
+
+
+def test_the_report_of_a_run_is_a_page(tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    result = CliRunner().invoke(app, ["report", records(tmp_path, 5), "--html", str(page)])
+    assert result.exit_code == 0, result.output
+    assert "MFU 50.0 %" in check(page.read_text()).text
+    result = CliRunner().invoke(app, ["report", records(tmp_path, 5), "--html", "-", "--json", "-"])
+    assert result.exit_code == 2
 
 
 # --- plans -----------------------------------------------------------------------------------------

@@ -7,7 +7,8 @@ from typing import Annotated
 import typer
 
 from flopprof.cli.options import Traceback
-from flopprof.cli.output import console, require_writable, write_text
+from flopprof.cli.output import STDOUT, console, require_writable, write_text
+from flopprof.errors import UsageError
 
 _REPORT = "What is printed"
 
@@ -31,11 +32,26 @@ def report(
             rich_help_panel=_REPORT,
         ),
     ] = None,
+    html: Annotated[
+        str | None,
+        typer.Option(
+            help="Write one page with charts of MFU, time and throughput by step, which works offline; - as above.",
+            metavar="FILE",
+            rich_help_panel=_REPORT,
+        ),
+    ] = None,
     traceback: Traceback = False,
 ) -> None:
     """Sum up the steps that a run recorded: MFU, throughput, restarts, and where the time went."""
     ctx.meta["flopprof.traceback"] = traceback
-    require_writable(json)
+    if json == html == STDOUT:
+        raise UsageError("both --json and --html ask for standard output by -: give one of them a file.")
+    for path in (json, html):
+        require_writable(path)
+    if html is not None:
+        from flopprof.report.html.page import require_plotly
+
+        require_plotly()
     import msgspec
 
     from flopprof.meter.runs import run_of
@@ -43,7 +59,13 @@ def report(
     runs = [(name, run_of(name)) for name in files]
     if json is not None:
         write_text(json, msgspec.json.encode([{"file": name, "run": run} for name, run in runs]).decode())
-    if json != "-":
+    if html is not None:
+        from flopprof.meter.records import read
+        from flopprof.report.html.meter import render as page
+
+        title = files[0] if len(files) == 1 else f"{len(files)} runs"
+        write_text(html, page([(name, run, read(name)) for name, run in runs], title=title))
+    if STDOUT not in (json, html):
         from flopprof.report.meter import render
 
         console().print(render(runs), crop=False)

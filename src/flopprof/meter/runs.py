@@ -50,17 +50,17 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
 def run_of(path: str | os.PathLike[str]) -> Run:
     """The run whose records are in a file. Raises UsageError where it holds none."""
     processes = read(path)
-    filled = [_filled(process.records) for process in processes]
+    known = [filled(process.records) for process in processes]
     kept: list[StepRecord] = []
     repeated: list[StepRecord] = []
-    for records in filled:
+    for records in known:
         first = min((record.step for record in records), default=None)
         if first is not None:
             repeated += [record for record in kept if record.step >= first]
             kept = [record for record in kept if record.step < first]
         kept += records
     start = processes[-1].start
-    rows, wall = _rows(processes, filled, kept, repeated)
+    rows, wall = _rows(processes, known, kept, repeated)
     return Run(
         rank=start.rank,
         world_size=start.world_size,
@@ -73,8 +73,8 @@ def run_of(path: str | os.PathLike[str]) -> Run:
     )
 
 
-def _filled(records: Sequence[StepRecord]) -> list[StepRecord]:
-    """Steps that were not counted have what one of the same signature has, that was."""
+def filled(records: Sequence[StepRecord]) -> list[StepRecord]:
+    """One process's steps; those that were not counted have what one of the same signature has, that was."""
     known = {record.signature: record for record in records if record.flops is not None and record.signature >= 0}
     found = []
     for record in records:

@@ -8,7 +8,9 @@ from typing import Any
 
 from flopprof.meter.figures import Figures, StepRecord, figures, timed
 from flopprof.meter.records import Process
-from flopprof.report.html.elements import Head, escape, exact, facts, figure, paragraph, scaled, table
+from flopprof.meter.runs import Run, filled
+from flopprof.meter.summary import format_time, percent
+from flopprof.report.html.elements import Head, escape, exact, facts, figure, paragraph, table
 from flopprof.report.html.page import Section, page, plot_text
 from flopprof.units import format_share, format_si
 
@@ -16,13 +18,17 @@ _POINTS = 1000
 _LINE, _OTHER = "#3b82c4", "#d9772b"
 
 
-def render(processes: Sequence[Process], *, title: str = "Run", heading: str = "") -> str:
-    """The page of what processes wrote, one after the other (restarts) or side by side (ranks: a line each).
+def render(runs: Sequence[tuple[str, Run, Sequence[Process]]], *, title: str = "Run", heading: str = "") -> str:
+    """The page of runs: of each rank its name, what its records add up to, and the processes that wrote them.
 
     Raises MissingPackage without plotly.
     """
-    sections = [_totals(processes), *_steps(processes), _time(processes)]
-    return page(title, heading, sections)
+    lines = [
+        (_line(place, runs, start), filled(process.records), process)
+        for place, (_, _, processes) in enumerate(runs)
+        for start, process in enumerate(processes)
+    ]
+    return page(title, heading, [_totals(runs), *_steps(lines), _time(runs)])
 
 
 @dataclass(frozen=True)
@@ -34,27 +40,25 @@ class _Point:
     steps: int
 
 
-def _totals(processes: Sequence[Process]) -> Section:
-    names = [_name(process, i, len(processes)) for i, process in enumerate(processes)]
-    found = [figures(timed(process.records), process.peaks.get, process.start.bytes_per_s) for process in processes]
+def _totals(runs: Sequence[tuple[str, Run, Sequence[Process]]]) -> Section:
     body = ""
-    lines: list[tuple[str, str]] = []
-    if len(processes) == 1:
-        body = f'<dl class="cards">{_boxes(found[0])}</dl>' if found[0] is not None else ""
-    else:
-        body = _table(processes, names, found)
-    for name, process, whole in zip(names, processes, found, strict=True):
-        lines.append((name, f"{len(process.records):,} steps, of which {len(timed(process.records)):,} are timed"))
-        lines += [*(_facts(whole) if whole is not None else ()), *_about(process, whole)]
-    lines.append(("convention", f"a multiply-add is 2 FLOPs; attention {processes[0].start.attention}"))
-    return Section(anchor="totals", title="Totals", body=f"{body}{facts(lines)}")
+    if len(runs) > 1:
+        body = _table([(_name(place, runs), run) for place, (_, run, _) in enumerate(runs)])
+    for place, (_, run, _) in enumerate(runs):
+        lines = [line for line in run.summary.facts() if line[0] != "time"] + run.facts()
+        if len(runs) > 1:
+            body += f"<h3>{escape(_name(place, runs))}</h3>"
+        elif run.summary.whole is not None:
+            body += f'<dl class="cards">{_boxes(run.summary.whole)}</dl>'
+        body += facts(lines)
+    return Section(anchor="totals", title="Totals", body=body)
 
 
 def _boxes(whole: Figures) -> str:
     cards = [
-        ("MFU", _percent(whole.mfu), "model FLOPs over what the peak would do"),
-        ("HFU", _percent(whole.hfu), "everything executed"),
-        ("step time", _seconds(whole.step_time_s.median), "median"),
+        ("MFU", percent(whole.mfu), "model FLOPs over what the peak would do"),
+        ("HFU", percent(whole.hfu), "everything executed"),
+        ("step time", format_time(whole.step_time_s.median), "median"),
         ("model", format_si(whole.model_flops_per_s, "FLOP/s"), f"{exact(whole.model_flops)} FLOPs"),
         ("throughput", _throughput(whole), ""),
     ]
@@ -65,19 +69,21 @@ def _boxes(whole: Figures) -> str:
     )
 
 
-def _table(processes: Sequence[Process], names: Sequence[str], found: Sequence[Figures | None]) -> str:
+def _table(runs: Sequence[tuple[str, Run]]) -> str:
     heads = [
-        *(Head("Process"), Head("Steps"), Head("Timed"), Head("MFU"), Head("HFU")),
+        *(Head("Run"), Head("Steps"), Head("Timed"), Head("MFU"), Head("HFU")),
         *(Head("Step time", "median"), Head("Model", "FLOPs"), Head("Throughput")),
     ]
     rows = []
-    for name, process, whole in zip(names, processes, found, strict=True):
-        cells = [""] * 5
+    for name, run in runs:
+        whole = run.summary.whole
+        cells = ["0", *[""] * 5]
         if whole is not None:
-            median = _seconds(whole.step_time_s.median)
-            cells = [_percent(whole.mfu), _percent(whole.hfu), median, exact(whole.model_flops), _throughput(whole)]
-        rows.append([name, exact(len(process.records)), exact(len(timed(process.records))), *cells])
-    return table(heads, rows, caption="Figures of each process")
+            median = format_time(whole.step_time_s.median)
+            cells = [exact(whole.steps), percent(whole.mfu), percent(whole.hfu), median, exact(whole.model_flops)]
+            cells.append(_throughput(whole))
+        rows.append([name, exact(run.summary.steps), *cells])
+    return table(heads, rows, caption="Figures of each run")
 
 
 def _throughput(whole: Figures) -> str:
@@ -87,42 +93,12 @@ def _throughput(whole: Figures) -> str:
     return ""
 
 
-def _facts(whole: Figures) -> Iterator[tuple[str, str]]:
-    time = whole.step_time_s
-    yield "", f"model {scaled(whole.model_flops)}, hardware {scaled(whole.hardware_flops)} in {whole.time_s:.3f} s"
-    yield (
-        "",
-        f"step time {_seconds(time.median)} (median; 10 % {_seconds(time.p10)}, 90 % {_seconds(time.p90)}, "
-        f"99 % {_seconds(time.p99)})",
-    )
-    if whole.mbu is not None:
-        yield "", f"MBU {_percent(whole.mbu)}: operands and results of counted operators, each once"
-
-
-def _about(process: Process, whole: Figures | None) -> Iterator[tuple[str, str]]:
-    start = process.start
-    against = ", ".join(f"{format_si(rate, 'FLOP/s')} {dtype}" for dtype, rate in process.peaks.items())
-    if against:
-        yield "", f"against {against} ({start.peak}{', measured' if start.peak_measured else ''}), on {start.device}"
-    if whole is not None and whole.mfu is None:
-        yield "", f"no MFU: {process.reason or 'no peak is known'}"
-    uncounted = sum(record.uncounted for record in process.records)
-    if uncounted:
-        yield "", f"{uncounted:,} calls of operators without a formula: FLOPs are at least what is said"
-    out: dict[str, int] = {}
-    for record in process.records:
-        for reason in record.left_out[:1] or (("uncounted",) if record.flops is None else ()):
-            out[reason] = out.get(reason, 0) + 1
-    if out:
-        yield "", f"left out: {', '.join(f'{count:,} {reason}' for reason, count in out.items())}"
-
-
 # --- step by step ----------------------------------------------------------------------------------
-def _steps(processes: Sequence[Process]) -> Iterator[Section]:
+def _steps(processes: Sequence[tuple[str, Sequence[StepRecord], Process]]) -> Iterator[Section]:
     """A chart per figure, a line per process; nothing where no step is timed."""
     lines = [
-        (_name(process, i, len(processes)), _points(timed(process.records), process.peaks, process.start.bytes_per_s))
-        for i, process in enumerate(processes)
+        (name, _points(timed(records), process.peaks, process.start.bytes_per_s))
+        for name, records, process in processes
     ]
     if not any(points for _, points in lines):
         return
@@ -193,27 +169,24 @@ def _chart(lines: Sequence[tuple[str, Sequence[_Point]]], unit: str, form: str, 
 
 
 # --- where the time went ---------------------------------------------------------------------------
-def _time(processes: Sequence[Process]) -> Section:
-    """Seconds in steps that figures are made of, in those left out, and outside of steps."""
-    rows = {name: [0.0] * len(processes) for name in ("timed_steps", "steps_left_out", "data_wait", "evaluation")}
-    for i, process in enumerate(processes):
-        for name, seconds in _seconds_of(process):
-            rows.setdefault(name, [0.0] * len(processes))[i] += seconds
-    names = [_name(process, i, len(processes)) for i, process in enumerate(processes)]
-    shown = {name: row for name, row in rows.items() if any(row)}
-    totals = [sum(column) for column in zip(*shown.values(), strict=True)] or [0.0] * len(names)
+def _time(runs: Sequence[tuple[str, Run, Sequence[Process]]]) -> Section:
+    """Seconds of the wall clock: in steps that count, in those that do not, and outside of steps."""
+    names = list(dict.fromkeys(name for _, run, _ in runs for name in run.rows))
+    rows = {name: [run.rows.get(name, 0.0) for _, run, _ in runs] for name in names}
+    shown = {name: row for name, row in rows.items() if any(row) or name == "steps"}
+    walls = [run.wall_s for _, run, _ in runs]
     cells = [
-        [name.replace("_", " "), *(f"{seconds:.3f}" for seconds in row), _part(sum(row), sum(totals))]
+        [name.replace("_", " "), *(f"{seconds:.3f}" for seconds in row), _part(sum(row), sum(walls))]
         for name, row in shown.items()
     ]
-    cells.append(["all", *(f"{seconds:.3f}" for seconds in totals), _part(sum(totals), sum(totals))])
-    heads = [Head("Time"), *(Head(name, "s") for name in names), Head("Share")]
+    cells.append(["wall clock", *(f"{seconds:.3f}" for seconds in walls), _part(sum(walls), sum(walls))])
+    heads = [Head("Time"), *(Head(_name(place, runs), "s") for place in range(len(runs))), Head("Share")]
     trace = {
         "type": "bar",
         "orientation": "h",
         "y": [name.replace("_", " ") for name in shown],
         "x": [sum(row) for row in shown.values()],
-        "marker": {"color": [_LINE if name == "timed_steps" else _OTHER for name in shown]},
+        "marker": {"color": [_LINE if name == "steps" else _OTHER for name in shown]},
         "hovertemplate": "%{y}: %{x:.3f} s<extra></extra>",
     }
     layout = {
@@ -222,32 +195,22 @@ def _time(processes: Sequence[Process]) -> Section:
     }
     body = figure("times", label="Where the time went, as in the table", height=90 + 32 * len(shown))
     body += table(heads, cells, caption="Where the time went")
-    figures_ = {"times": {"data": [trace], "layout": layout}}
-    return Section(anchor="time", title="Where the time went", body=body, figures=figures_)
+    charts = {"times": {"data": [trace], "layout": layout}}
+    return Section(anchor="time", title="Where the time went", body=body, figures=charts)
 
 
-def _seconds_of(process: Process) -> Iterator[tuple[str, float]]:
-    for record in process.records:
-        counted = record.flops is not None and not record.left_out
-        yield "timed_steps" if counted else "steps_left_out", record.step_time_s
-        yield "data_wait", record.data_wait_s
-        yield "evaluation", record.evaluation_s
-        yield from record.paused_s.items()
+def _name(place: int, runs: Sequence[tuple[str, Run, Sequence[Process]]]) -> str:
+    name, run, _ = runs[place]
+    ranks = {other.rank for _, other, _ in runs}
+    if run.world_size > 1 and len(ranks) == len(runs):
+        return f"rank {run.rank}"
+    return name if len(runs) > 1 else "run"
 
 
-def _name(process: Process, place: int, of: int) -> str:
-    if process.start.world_size > 1:
-        return f"rank {process.start.rank}"
-    return f"start {place + 1}" if of > 1 else "run"
+def _line(place: int, runs: Sequence[tuple[str, Run, Sequence[Process]]], start: int) -> str:
+    several = len(runs[place][2]) > 1
+    return f"{_name(place, runs)}, start {start + 1}" if several else _name(place, runs)
 
 
 def _part(seconds: float, whole: float) -> str:
     return format_share(round(seconds * 10**9), round(whole * 10**9))
-
-
-def _percent(value: float | None) -> str:
-    return "not known" if value is None else f"{100 * value:.1f} %"
-
-
-def _seconds(value: float) -> str:
-    return f"{value:.3f} s" if value >= 1 else f"{1e3 * value:.3f} ms"
