@@ -104,6 +104,26 @@ def test_what_every_rank_does_alike_is_named() -> None:
     assert found.ranks_flops - found.whole_flops == alike
 
 
+def test_routers_are_on_every_rank_and_experts_are_split() -> None:
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 2}
+    found = simulate(workload("mixtral", **experts), tp=2)
+    assert found.replicated == ("model.layers.*.mlp.gate",)
+    assert found.ranks_flops - found.whole_flops == 3 * 2 * BATCH * SEQ * D * 4 * LAYERS
+    # attention's output and the experts' are summed; q, k, v, the experts' input and the head's back; logits gathered
+    activations, logits = BATCH * SEQ * D * 4, BATCH * SEQ * VOCAB * 4
+    embedding = "embed_tokens" in str(workload("mixtral", **experts).model.tp_plan)
+    assert found.stages[0].traffic.tensor == LAYERS * (1 + 1 + 3 + 1) * activations + (
+        activations + logits // 2 + embedding * activations
+    )
+
+
+def test_a_gathered_product_leaves_attention_to_every_rank() -> None:
+    """Phi-3's queries, keys and values are one matrix, whose outputs are gathered: each rank has all heads."""
+    found = simulate(workload("phi3", pad_token_id=0), tp=2)
+    assert found.replicated == ("model.layers.*.self_attn",)
+    assert found.ranks_flops - found.whole_flops == 3 * 4 * BATCH * SEQ**2 * D * LAYERS
+
+
 # --- DTensor on a fake process group: as it runs, and what it sends ------------------------------------
 class Collectives(TorchDispatchMode):
     """Calls and elements of every collective."""
@@ -212,7 +232,7 @@ def test_a_network_of_stages_that_differ() -> None:
     ("family", "axes", "said"),
     [
         ("gpt2", {"tp": 2}, "GPT2LMHeadModel has no tensor parallel plan"),
-        ("mixtral", {"tp": 2}, "which is not simulated: give a mesh with tp=1"),
+        ("deepseek_v2", {"tp": 2}, "mla_kv_a_proj.* which is not simulated: give tp=1"),
         ("llama", {"tp": 3}, "LlamaForCausalLM has 4 heads .num_attention_heads., which tp=3 does not divide"),
         ("llama", {"tp": 8}, "which tp=8 does not divide"),
         ("llama", {"pp": 9}, "no list of 9 blocks or more to cut into stages"),
@@ -220,7 +240,9 @@ def test_a_network_of_stages_that_differ() -> None:
     ],
 )
 def test_what_cannot_be_cut(family: str, axes: dict[str, int], said: str) -> None:
-    sizes = {"n_layer": 2, "n_head": 2, "n_embd": 8, "vocab_size": 16} if family == "gpt2" else {}
+    sizes: dict[str, Any] = {"n_layer": 2, "n_head": 2, "n_embd": 8, "vocab_size": 16} if family == "gpt2" else {}
+    if family == "deepseek_v2":
+        sizes = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8, "q_lora_rank": None}
     with pytest.raises(UsageError, match=said):
         simulate(workload(family, **sizes), **axes)
 

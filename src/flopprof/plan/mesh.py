@@ -8,11 +8,9 @@ Tests compare both with DTensor's own operators and collectives on a fake proces
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Any
 
-import torch
 from torch import nn
 
 from flopprof.analytic import TransformerShape
@@ -20,17 +18,10 @@ from flopprof.errors import UsageError
 from flopprof.models import Workload
 from flopprof.plan.memory import Layout, activation_bytes, logits_bytes, state_bytes
 from flopprof.plan.mesh_result import Mesh, Stage, Traffic
-from flopprof.profile import OperatorRow, Profile
+from flopprof.plan.mesh_shards import sent, shard
+from flopprof.profile import Profile
 
 _AXES = ("tp", "pp", "dp")
-# style -> the dimension of the weight that is split; None: every rank has all of it
-_SPLIT = {
-    "colwise": 0,
-    "colwise_gather_output": 0,
-    "rowwise": 1,
-    "embedding_rowwise": 0,
-    "replicated_with_grad_allreduce": None,
-}
 
 
 def parse_mesh(text: str) -> dict[str, int]:
@@ -42,14 +33,6 @@ def parse_mesh(text: str) -> dict[str, int]:
             raise UsageError(f"cannot read {part!r} of the mesh: write it as tp=8,pp=4,dp=16.")
         sizes[axis] = int(value)
     return sizes
-
-
-@dataclass(frozen=True)
-class _Sharded:
-    """A module whose weight is split: by which style, and of which parameters."""
-
-    fqn: str
-    style: str
 
 
 def simulate(
@@ -77,9 +60,8 @@ def simulate(
         raise UsageError(f"{workload.name} is on {workload.device}: a mesh is simulated on the meta device.")
     whole = workload.count(backward=True)
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
-    tied = {id(weight) for weight in _tied(model)}
-    shared = [name for name, weight in model.named_parameters(remove_duplicate=False) if id(weight) in tied]
-    sharded = _shard(model, tp) if tp > 1 else []
+    shared = _tied(model)
+    sharded = shard(model, tp) if tp > 1 else []
     profile = workload.count(backward=True) if tp > 1 else whole
     local = {name: parameter.numel() for name, parameter in model.named_parameters()}
     for each in sharded:
@@ -89,7 +71,7 @@ def simulate(
     if pp == 1:  # the head's slice is the embedding's own; on a stage of its own it would be a copy
         local = {name: size for name, size in local.items() if name in sizes or name not in shared}
     element = {name: parameter.element_size() for name, parameter in model.named_parameters()}
-    exchange = _exchange(profile, sharded, local, element, tp)
+    exchange = sent(profile, sharded, local, element, tp)
     stages = []
     for index, (first, last) in enumerate(blocks.spans):
         where = [blocks.stage_of(name) == index for name in local]
@@ -105,7 +87,7 @@ def simulate(
             under_way = min(pp - index, times)
             kept = activation_bytes(shape, layout, workload.tokens, (last - first + 1) * under_way)
             kept += logits_bytes(shape, layout, workload.tokens) if index == pp - 1 else 0
-        sent = sum(moved for fqn, moved in exchange if blocks.stage_of(fqn) == index)
+        moved = sum(size for fqn, size in exchange if blocks.stage_of(fqn) == index)
         stages.append(
             Stage(
                 first=first,
@@ -117,7 +99,7 @@ def simulate(
                 states_bytes=sum(state_bytes(params, layout, dp)),
                 activations_bytes=kept,
                 traffic=Traffic(
-                    tensor=times * sent,
+                    tensor=times * moved,
                     pipeline=times * _boundary(profile, blocks, index),
                     data=_reduced(gradient, layout.zero, dp),
                 ),
@@ -138,113 +120,13 @@ def simulate(
     )
 
 
-# --- tensor parallel shards --------------------------------------------------------------------------
-def _shard(model: nn.Module, tp: int) -> list[_Sharded]:
-    """Cuts the weights of the model's own plan to those of one rank, in place. Raises UsageError."""
-    plan: Mapping[str, str] = getattr(model, "tp_plan", None) or {}
-    if not plan:
-        raise UsageError(f"{type(model).__name__} has no tensor parallel plan (tp_plan): give a mesh with tp=1.")
-    tied = {id(weight) for weight in _tied(model)}
-    found = []
-    for fqn, module in model.named_modules():
-        style = next((style for pattern, style in plan.items() if _matches(pattern, fqn)), None)
-        if style is None:
-            continue
-        if style not in _SPLIT or (_SPLIT[style] is not None and not isinstance(module, nn.Linear | nn.Embedding)):
-            raise UsageError(
-                f"the tensor parallel plan of {type(model).__name__} has {style!r} for {fqn}, which is not simulated: "
-                "give a mesh with tp=1."
-            )
-        found.append(_Sharded(fqn, style))
-    for pattern in plan:
-        if not any(_matches(pattern, each.fqn) for each in found) and _names_parameter(model, pattern):
-            raise UsageError(
-                f"the tensor parallel plan of {type(model).__name__} splits {pattern}, no module, which is not "
-                "simulated: give a mesh with tp=1."
-            )
-    _require_heads(model, tp)
-    for each in found:
-        dimension = _SPLIT[each.style]
-        if dimension is None or each.style == "embedding_rowwise":
-            continue
-        module = model.get_submodule(each.fqn)
-        weight: nn.Parameter = module.weight  # type: ignore[assignment]  # of a Linear or an Embedding
-        if id(weight) in tied and each.style != "colwise_gather_output":
-            raise UsageError(f"{each.fqn} shares its weight, which is not simulated: give a mesh with tp=1.")
-        module.weight = _slice(weight, dimension, tp, each.fqn)
-        bias = getattr(module, "bias", None)
-        if dimension == 0 and isinstance(bias, nn.Parameter):
-            module.bias = _slice(bias, 0, tp, each.fqn)
-    return found
-
-
-def _slice(parameter: nn.Parameter, dimension: int, tp: int, fqn: str) -> nn.Parameter:
-    sizes = list(parameter.shape)
-    if sizes[dimension] % tp:
-        raise UsageError(f"{fqn} has {sizes[dimension]} features, which tp={tp} does not divide.")
-    sizes[dimension] //= tp
-    return nn.Parameter(parameter.new_empty(sizes), requires_grad=parameter.requires_grad)
-
-
-def _matches(pattern: str, fqn: str) -> bool:
-    """`layers.*.mlp.up_proj` matches that module wherever the list lies."""
-    regex = r"\d+".join(re.escape(part) for part in pattern.split("*"))
-    return re.fullmatch(rf"(?:.*\.)?{regex}", fqn) is not None
-
-
-def _names_parameter(model: nn.Module, pattern: str) -> bool:
-    return any(_matches(pattern, name) for name, _ in model.named_parameters())
-
-
-def _require_heads(model: nn.Module, tp: int) -> None:
-    config: Any = getattr(model, "config", None)
-    for name in ("num_attention_heads", "num_key_value_heads"):
-        heads = getattr(config, name, None)
-        if isinstance(heads, int) and heads % tp:
-            raise UsageError(f"{type(model).__name__} has {heads} heads ({name}), which tp={tp} does not divide.")
-
-
-def _tied(model: nn.Module) -> list[nn.Parameter]:
-    seen: dict[int, int] = {}
-    weights = {}
-    for _, parameter in model.named_parameters(remove_duplicate=False):
-        seen[id(parameter)] = seen.get(id(parameter), 0) + 1
-        weights[id(parameter)] = parameter
-    return [weights[key] for key, times in seen.items() if times > 1]
-
-
-# --- what is sent ------------------------------------------------------------------------------------
-def _exchange(
-    profile: Profile, sharded: Iterable[_Sharded], local: Mapping[str, int], element: Mapping[str, int], tp: int
-) -> list[tuple[str, int]]:
-    """(module, bytes that a rank sends of it in a micro-batch): one collective for each split product, as torch has it.
-
-    Forward: the sum of a row-wise product is reduced, gathered outputs are gathered. Backward: the gradient of a
-    column-wise product's input is reduced.
-    """
-    rows: dict[tuple[str, str], list[OperatorRow]] = {}
-    for row in profile.operators:
-        rows.setdefault((row.fqn, row.phase), []).append(row)
-    modules = {row.fqn: row for row in profile.modules}
-    found = []
-    for each in sharded:
-        payload = 0
-        if each.style == "replicated_with_grad_allreduce":
-            payload += 2 * sum(size * element[name] for name, size in local.items() if name.startswith(f"{each.fqn}."))
-        elif each.style == "embedding_rowwise":
-            output = modules[each.fqn].output_shape if each.fqn in modules else ()
-            payload += 2 * _numel(output) * element.get(f"{each.fqn}.weight", 0)
-        for row in rows.get((each.fqn, "forward"), ()):
-            activation = next(operand for operand in row.operands if operand.factor and operand.kind != "parameter")
-            size = torch.empty((), dtype=getattr(torch, row.dtype), device="meta").element_size()
-            result, entry = _numel(row.outputs[0]) * row.calls * size, _numel(activation.shape) * row.calls * size
-            if each.style == "rowwise":
-                payload += 2 * result
-            else:
-                payload += 2 * entry if activation.requires_grad else 0
-                payload += result * tp if each.style == "colwise_gather_output" else 0
-        found.append((each.fqn, payload * (tp - 1) // tp))
-    return found
+# --- what is sent to sisters and neighbours ---------------------------------------------------------
+def _tied(model: nn.Module) -> list[str]:
+    """Every name of a parameter that has several."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return [name for group in names.values() if len(group) > 1 for name in group]
 
 
 def _numel(shape: Iterable[int] | None) -> int:
@@ -334,8 +216,11 @@ def _flops(profile: Profile, blocks: _Blocks, index: int) -> dict[str, int]:
     return found
 
 
-def _replicated(whole: Profile, shard: Profile, tp: int) -> tuple[str, ...]:
-    """Modules whose products every rank does alike, in part or in full."""
-    before, after = whole.by_module(own=True), shard.by_module(own=True)
+def _replicated(whole: Profile, local: Profile, tp: int) -> tuple[str, ...]:
+    """Modules whose products every rank does alike, in part or in full. Raises UsageError where work is lost."""
+    before, after = whole.by_module(own=True), local.by_module(own=True)
+    lost = [fqn for fqn, flops in before.items() if after.get(fqn, 0) * tp < flops]
+    if lost:
+        raise UsageError(f"the ranks of tp={tp} together do less than {lost[0]} does alone: give a mesh with tp=1.")
     names = [re.sub(r"\.\d+", ".*", fqn) for fqn, flops in after.items() if flops * tp != before.get(fqn, 0)]
     return tuple(dict.fromkeys(names))
