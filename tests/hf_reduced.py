@@ -1,7 +1,12 @@
-"""Default configurations of transformers with fewer layers: as few as still hold every kind of layer there is."""
+"""Default configurations of transformers with fewer layers: as few as still hold every kind of layer there is.
+
+Some defaults contradict themselves, so that no device runs them (an image encoder that ends wider than the text, turns
+of more pairs than a head has): `consistent` changes one of the two fields, and nothing else.
+"""
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -19,12 +24,48 @@ _LONGEST_PERIOD = 12
 
 
 def reduced(config: Any) -> Iterator[dict[str, Any]]:
-    """The fields of its config.json with few layers, then as they are, for whom few are too few."""
+    """The fields of its config.json with few layers; then made to agree; then as they are, for whom few are too few."""
     facts = config.to_dict()
     fewer = _cut(facts, _needed(config))
-    if fewer != facts:
-        yield fewer
-    yield facts
+    tried = [fewer]
+    yield fewer
+    for other in (consistent(fewer), facts):
+        if other not in tried:
+            tried.append(other)
+            yield other
+
+
+def consistent(facts: dict[str, Any]) -> dict[str, Any]:
+    """The same where no field contradicts another: of those known to, the one that says less is changed."""
+    made = copy.deepcopy(facts)
+    text = made.get("text_config") if isinstance(made.get("text_config"), dict) else made
+    assert text is not None
+    vision = made.get("vision_config")
+    width = text.get("hidden_size")
+    if isinstance(vision, dict) and isinstance(width, int):
+        inner = "embed_dim" in vision and "out_hidden_size" not in vision
+        ends = "hidden_size" if inner else "out_hidden_size"
+        if isinstance(vision.get(ends), int):  # the encoder ends as wide as the text
+            vision[ends] = width
+    tokens = made.get("mm_tokens_per_image")
+    if isinstance(tokens, int) and isinstance(vision, dict):  # no more than there are patches
+        side = vision.get("image_size", 224) // vision.get("patch_size", 16)
+        made["mm_tokens_per_image"] = min(tokens, (side // 2) ** 2)
+    for part in (made, text):
+        turns = part.get("rope_parameters")
+        if isinstance(turns, dict):  # as many turns as the sections hold
+            heads = part.get("num_attention_heads") or 1
+            wide = part.get("head_dim") or part.get("hidden_size", 0) // heads
+            sections = turns.get("mrope_section") or [8, 12, 12]
+            part["head_dim"] = wide = max(wide, 2 * sum(sections))
+            turns["partial_rotary_factor"] = part["partial_rotary_factor"] = 2 * sum(sections) / wide
+        if "num_experts_per_tok" in part and part["num_experts_per_tok"] is None:
+            part["num_experts_per_tok"] = 2
+    words = text.get("vocab_size")
+    for name in ("image_token_index", "image_token_id"):
+        if isinstance(words, int) and name in made and made[name] is None:
+            made[name] = words - 1
+    return made
 
 
 def _needed(config: Any) -> int:

@@ -404,11 +404,20 @@ def test_what_a_cache_remembers_from_an_earlier_call_costs_nothing(limit: int | 
         def forward(self, length: int) -> tuple[torch.Tensor, torch.Tensor]:
             return torch.arange(length * 1.0).sin(), torch.ones(length)
 
+    class Shown(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.ruler = Ruler()
+
+        def forward(self, length: int) -> torch.Tensor:
+            return self.ruler.forward(length)[0].unsqueeze(0)
+
     class Outside(nn.Module):
         def forward(self, length: int) -> torch.Tensor:
             return torch.from_numpy(np.ones(length))
 
-    ruler, outside = Ruler(), Outside()
+    ruler, shown, outside = Ruler(), Shown(), Outside()
     for _ in range(2):
         assert counted(lambda: ruler(4)).uncounted == {}
+        assert counted(lambda: shown(4)).uncounted == {}
         assert counted(lambda: outside(4)).uncounted == {"Outside": 1}

@@ -86,9 +86,14 @@ def cached(output: Any) -> bool:
 
 
 def _is_cached(leaf: torch.Tensor, output: Any) -> bool:
-    holders = gc.get_referrers(leaf) + (gc.get_referrers(output) if output is not leaf else [])
-    unbounded = [holder for holder in holders if type(holder) is dict and holder]  # a cache without a limit is a dict
-    return any(type(holder).__module__ == "functools" for holder in (*holders, *gc.get_referrers(*unbounded)))
+    """Also as one of several results, or seen through a view; a cache without a limit is a dictionary."""
+    holders: list[Any] = [leaf if leaf._base is None else leaf._base, output]
+    for _ in range(3):
+        holders = gc.get_referrers(*holders)
+        if any(type(holder).__name__ in ("_lru_list_elem", "_lru_cache_wrapper") for holder in holders):
+            return True
+        holders = [holder for holder in holders if type(holder) in (dict, tuple, list)]
+    return False
 
 
 def _is_wrapper(leaf: Any) -> bool:

@@ -7,12 +7,12 @@ import inspect
 import operator
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from flopprof.models.hf_maker import Maker, channels, every_part, ids, length_of, sides
+from flopprof.models.hf_maker import Maker, channels, every_part, ids, length_of, side, sides
 
 _ITEM = re.compile(r"^ {2,12}(\w+) \((.*?)\)\s*:\s*$", re.MULTILINE)
 _SHAPE = re.compile(r"of shape\s*`?[(\[](.*?)[)\]]`")
@@ -67,6 +67,10 @@ class Unsaid(Exception):
 
 def made(maker: Maker, name: str, said: Documented | None, notes: list[str]) -> torch.Tensor:
     """The input of that name, sized by the config. Notes a size that nothing tells. Raises Unsaid."""
+    if name.endswith("pixel_values"):  # of a second encoder, which has a config of its own
+        vision = getattr(maker.config, f"{name.removesuffix('pixel_values')}vision_config", maker.vision)
+        height, width = sides(replace(maker, side=side(vision)))
+        return maker.floats(maker.request.batch, channels(vision), height, width)
     if said is None:
         raise Unsaid(name)
     shape = [_size(maker, spelled, name, notes) for spelled in said.sizes]
@@ -87,10 +91,22 @@ def made(maker: Maker, name: str, said: Documented | None, notes: list[str]) -> 
 def _size(maker: Maker, spelled: str, name: str, notes: list[str]) -> int:
     words = spelled.strip("` ")
     try:
-        return max(1, _value(maker, ast.parse(words.replace(" ", "_") if " of " in words else words).body[0]))
+        prefixed = _numbers(maker, _prefixed(name, words))
+        known = next(prefixed, None) if words.isidentifier() else None
+        if known is None:
+            known = _value(maker, ast.parse(words.replace(" ", "_") if " of " in words else words).body[0])
+        return max(1, known)
     except (LookupError, SyntaxError, IndexError, ZeroDivisionError, RecursionError):
         notes.append(f"{spelled} of {name} is taken to be {_ANY}, which the config does not say")
         return _ANY
+
+
+def _prefixed(name: str, size: str) -> tuple[str, ...]:
+    """Names that a config may have for this size of this input alone: `task_seq_len`, `encoder_hidden_size`."""
+    prefix = name.partition("_")[0]
+    spelled = ("seq_len", "sequence_length") if size in _LENGTHS else (size,)
+    own = ("context_length",) if size in _LENGTHS and prefix in ("past", "future") else ()
+    return (*(f"{prefix}_{word}" for word in spelled), *own)
 
 
 def _value(maker: Maker, node: Any) -> int:

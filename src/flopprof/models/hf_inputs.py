@@ -9,8 +9,9 @@ runs on is taken.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
+from itertools import chain, islice
 from typing import Any
 
 import torch
@@ -18,15 +19,21 @@ from torch import nn
 
 from flopprof.errors import FlopprofError, UsageError
 from flopprof.models.hf_documented import Unsaid, documented, made, required
-from flopprof.models.hf_maker import Inputs, Maker, ids, length_of, token
-from flopprof.models.hf_pictures import GRIDS, clip, patches, picture, pictures, sized
+from flopprof.models.hf_maker import Inputs, Maker, every_part, ids, length_of, token
+from flopprof.models.hf_pictures import GRIDS, clip, patches, picture, pictures, pixels, sized
 from flopprof.models.hf_placeholders import mixed
 from flopprof.models.hf_sound import spectrogram, spectrograms, wave, waves
-from flopprof.models.hf_trial import runs
+from flopprof.models.hf_trial import failing
 from flopprof.models.request import Request
 
 _SEEN_OR_HEARD = re.compile(r"(^|_)(pixel_values|image_patches|flattened_patches|input_features|input_values)(_|$)")
-_MOST_TRIED = 40
+_OF_SOUND = re.compile(r"(features|audio|mel|attention|padding)_mask$")
+_NEVER = re.compile(
+    r"^(labels|past_|output_|head_mask|inputs_embeds|return_|use_|cache_|(attention_mask|position_ids)$)"
+)
+_MOST_TRIED = 24  # layouts of one input
+_MOST_CHANGED = 3  # changes to which a second one is made
+_MOST_CHANGES = 30
 
 
 def make_inputs(model: nn.Module, request: Request, device: str) -> Inputs:
@@ -43,8 +50,8 @@ def make_inputs(model: nn.Module, request: Request, device: str) -> Inputs:
 
 
 def _first_that_runs(maker: Maker) -> Inputs:
-    candidates = _candidates(maker)
-    first = next(candidates, None)
+    bases = _bases(maker)
+    first = next(bases, None)
     if first is None:
         raise UsageError(
             f"no input is known for {type(maker.model).__name__}, which takes {maker.model.main_input_name!r}: "
@@ -52,19 +59,38 @@ def _first_that_runs(maker: Maker) -> Inputs:
         )
     if set(first.kwargs) <= {"input_ids", "decoder_input_ids"} and _usual(maker):
         return first
-    for number, candidate in enumerate((first, *candidates)):
-        if runs(maker, candidate.kwargs):
-            return candidate
-        if number == _MOST_TRIED:
-            break
-    return first
+    return _searched(maker, chain([first], bases)) or first
+
+
+def _searched(maker: Maker, bases: Iterable[Inputs]) -> Inputs | None:
+    """The first that the model runs on: of the bases, of those with one input changed, then with two.
+
+    A second change is tried where the first has moved the line on which the model fails.
+    """
+    further: list[Inputs] = []
+    for base in bases:
+        where = failing(maker, base.kwargs)
+        if where is None:
+            return base
+        for other in islice(_varied(maker, base), _MOST_CHANGES):
+            there = failing(maker, other.kwargs)
+            if there is None:
+                return other
+            if there != where:
+                further.append(other)
+    for changed in further[:_MOST_CHANGED]:
+        for other in islice(_varied(maker, changed), _MOST_CHANGES):
+            if failing(maker, other.kwargs) is None:
+                return other
+    return None
 
 
 def _usual(maker: Maker) -> bool:
-    """Are ids of text documented as (batch, length), and nothing else as needed?"""
+    """Are ids of text documented as (batch, length), and nothing else as needed, and nothing seen or heard?"""
     said = documented(maker.model.forward)
     sizes = [len(item.sizes) for name, item in said.items() if name in ("input_ids", "decoder_input_ids")]
-    return all(size == 2 for size in sizes) and not _also_needed(maker, {"input_ids"})
+    more = any(_SEEN_OR_HEARD.search(name) for name in maker.taken)
+    return all(size == 2 for size in sizes) and not more and not _also_needed(maker, {"input_ids"})
 
 
 def _also_needed(maker: Maker, given: Any) -> list[str]:
@@ -73,8 +99,8 @@ def _also_needed(maker: Maker, given: Any) -> list[str]:
     return [name for name, item in said.items() if not item.optional and name in maker.taken and name not in given]
 
 
-def _candidates(maker: Maker) -> Iterator[Inputs]:
-    """Inputs that the model may take, the likeliest first."""
+def _bases(maker: Maker) -> Iterator[Inputs]:
+    """Inputs that the model may take, the fewest first: the main one, all that is needed, all that it senses."""
     main = maker.model.main_input_name
     main = main[0] if isinstance(main, list) else main
     if main not in maker.taken:  # composed models name theirs loosely
@@ -89,62 +115,72 @@ def _candidates(maker: Maker) -> Iterator[Inputs]:
                 raise
             problem = error
     needed = required(maker.model.forward)
-    others = [name for name in _PARTS if name in maker.taken]
-    any_made = False
+    senses = [name for name in _PARTS if name in maker.taken and name != "inputs"]
     seen: list[set[str]] = []
-    for also in ([], _also_needed(maker, base.kwargs), others):
-        names = list(dict.fromkeys([*([main] if main in _PARTS and main in maker.taken else []), *needed, *also]))
-        found = _completed(maker, base, names)
-        if found is None or set(found.kwargs) in seen or not found.kwargs:
-            continue
-        seen.append(set(found.kwargs))
-        any_made = True
-        yield found
-        yield from _varied(maker, found)
-    if not any_made and problem is not None:
+    for also in ([], _also_needed(maker, base.kwargs), senses):
+        names = dict.fromkeys([*([main] if main in _PARTS and main in maker.taken else []), *needed, *also])
+        found = _completed(maker, base, list(names))
+        if found is not None and found.kwargs and set(found.kwargs) not in seen:
+            seen.append(set(found.kwargs))
+            yield found
+    if not seen and problem is not None:
         raise problem
 
 
 def _completed(maker: Maker, base: Inputs, names: list[str]) -> Inputs | None:
     """With inputs of these names too; None where one is not known."""
     kwargs, notes = dict(base.kwargs), list(base.assumptions)
-    said = documented(maker.model.forward)
     for name in names:
-        if name in kwargs:
-            continue
-        try:
-            if name in _PARTS:
-                kwargs.update(_PARTS[name](maker))
-            elif name == "hidden_states" and any(grid in maker.taken for grid in GRIDS):
-                kwargs.update(next(patches(maker, maker.request.batch, name)))
-            elif name in GRIDS or name == "merge_sizes":
-                kwargs.update({**next(patches(maker, maker.request.batch, "pixel_values")), **kwargs})
-            else:
-                kwargs[name] = made(maker, name, said.get(name), notes)
-        except (Unsaid, FlopprofError):
-            return None
-    return replace(base, kwargs=kwargs, assumptions=tuple(notes))
+        if name not in kwargs:
+            try:
+                kwargs.update(_part(maker, name, notes))
+            except (Unsaid, FlopprofError):
+                return None
+    return replace(base, kwargs=_fitted(maker, kwargs), assumptions=tuple(notes))
+
+
+def _part(maker: Maker, name: str, notes: list[str]) -> dict[str, Any]:
+    if name in _PARTS:
+        return _PARTS[name](maker)
+    if name in ("hidden_states", *GRIDS, "merge_sizes") and any(grid in maker.taken for grid in GRIDS):
+        return next(patches(maker, maker.request.batch, "hidden_states" if name == "hidden_states" else "pixel_values"))
+    return {name: made(maker, name, documented(maker.model.forward).get(name), notes)}
+
+
+def _fitted(maker: Maker, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """With masks of sound as long as the sound is."""
+    frames = kwargs.pop("frames", None)
+    if isinstance(frames, int):
+        for mask in [name for name in kwargs if _OF_SOUND.search(name)]:
+            kwargs[mask] = maker.whole(torch.ones(maker.request.batch, frames, dtype=kwargs[mask].dtype))
+    return kwargs
 
 
 def _varied(maker: Maker, found: Inputs) -> Iterator[Inputs]:
-    """The same with one of its inputs in another layout."""
+    """The same with one of its inputs in another layout, or one more."""
     for name in found.kwargs:
         if name == "hidden_states" and any(grid in maker.taken for grid in GRIDS):
             layouts: Iterator[dict[str, Any]] = patches(maker, maker.request.batch, name)
         elif name in _LAYOUTS:
             layouts = _LAYOUTS[name](maker)
-        elif name in documented(maker.model.forward):
-            layouts = iter([{name: made(maker, name, documented(maker.model.forward)[name], [])}])
         else:
             continue
-        for layout in layouts:
-            kwargs = {**found.kwargs, **layout}
-            for mask in [name for name in kwargs if name.endswith("_mask") and name not in layout]:
-                frames = layout.get("frames")
-                if isinstance(frames, int):
-                    kwargs[mask] = maker.whole(torch.ones(maker.request.batch, frames, dtype=torch.int64))
-            kwargs.pop("frames", None)
-            yield replace(found, kwargs=kwargs)
+        for layout in islice(layouts, _MOST_TRIED):
+            yield replace(found, kwargs=_fitted(maker, {**found.kwargs, **layout}))
+    for name, said in documented(maker.model.forward).items():
+        if name in maker.taken and name not in found.kwargs and not _NEVER.search(name):
+            notes = list(found.assumptions)
+            try:
+                extra = {name: made(maker, name, said, notes)}
+            except (Unsaid, FlopprofError):
+                continue
+            sound = found.kwargs.get("input_features")
+            if sound is not None and _OF_SOUND.search(name):
+                for frames in sound.shape[1:]:
+                    extra = {name: maker.whole(torch.ones(maker.request.batch, frames, dtype=extra[name].dtype))}
+                    yield replace(found, kwargs={**found.kwargs, **extra}, assumptions=tuple(notes))
+            else:
+                yield replace(found, kwargs={**found.kwargs, **extra}, assumptions=tuple(notes))
 
 
 # --- text ---------------------------------------------------------------------------------------
@@ -212,18 +248,63 @@ _MAKERS: Mapping[str, Callable[[Maker], Inputs]] = {
     "input_values": _wave,
     "input_features": _features,
 }
+
+
+def _spectrum(maker: Maker, name: str) -> dict[str, Any]:
+    try:
+        sound, frames = spectrogram(maker)
+    except FlopprofError:
+        sound, frames = next(spectrograms(maker))
+    mask = f"{name}_mask"
+    along = {mask: maker.whole(torch.ones(maker.request.batch, frames, dtype=torch.bool))}
+    return {name: sound, "frames": frames, **(along if mask in required(maker.model.forward) else {})}
+
+
+def _spectra(maker: Maker, name: str) -> Iterator[dict[str, Any]]:
+    return ({name: sound, "frames": frames} for sound, frames in spectrograms(maker))
+
+
+def _texts(maker: Maker, name: str) -> Iterator[dict[str, Any]]:
+    """Shorter texts, and those of several codes a place."""
+    batch, length = maker.request.batch, length_of(maker)
+    if maker.request.seq is None:
+        for config in every_part(maker.config):
+            reach = getattr(config, "max_position_embeddings", None)
+            if isinstance(reach, int) and 0 < reach < length:
+                yield {name: ids(maker, batch, reach)}
+    for config in every_part(maker.config):
+        for counted in ("num_codebooks", "num_channels", "n_codes_total"):
+            codes = getattr(config, counted, None)
+            if isinstance(codes, int) and codes > 1:
+                for number in (codes, codes + 1):
+                    yield {name: ids(maker, batch, length * number).view(batch, length, number)}
+
+
+def _any_inputs(maker: Maker) -> Iterator[dict[str, Any]]:
+    """What a model that takes anything may take: pictures, or a row of numbers a place."""
+    yield {"inputs": pixels(maker)}
+    yield from ({"inputs": pixels(other)} for other in sized(maker))
+    width = getattr(maker.config, "d_model", None)
+    if isinstance(width, int):
+        yield {"inputs": maker.floats(maker.request.batch, length_of(maker), width)}
+
+
 _PARTS: Mapping[str, Callable[[Maker], dict[str, Any]]] = {
     "input_ids": lambda maker: {"input_ids": ids(maker, maker.request.batch, length_of(maker))},
     "pixel_values": picture,
     "pixel_values_videos": lambda maker: {"pixel_values_videos": clip(maker)},
     "input_values": lambda maker: {"input_values": wave(maker)},
-    "input_features": lambda maker: {"input_features": spectrogram(maker)[0]},
+    "input_features": lambda maker: _spectrum(maker, "input_features"),
+    "audio_mel": lambda maker: _spectrum(maker, "audio_mel"),
+    "inputs": lambda maker: {"inputs": ids(maker, maker.request.batch, length_of(maker))},
 }
 _LAYOUTS: Mapping[str, Callable[[Maker], Iterator[dict[str, Any]]]] = {
+    "input_ids": lambda maker: _texts(maker, "input_ids"),
+    "decoder_input_ids": lambda maker: _texts(maker, "decoder_input_ids"),
     "pixel_values": pictures,
     "pixel_values_videos": lambda maker: ({"pixel_values_videos": clip(other)} for other in sized(maker)),
     "input_values": lambda maker: ({"input_values": sound} for sound in waves(maker)),
-    "input_features": lambda maker: (
-        {"input_features": sound, "frames": frames} for sound, frames in spectrograms(maker)
-    ),
+    "input_features": lambda maker: _spectra(maker, "input_features"),
+    "audio_mel": lambda maker: _spectra(maker, "audio_mel"),
+    "inputs": _any_inputs,
 }

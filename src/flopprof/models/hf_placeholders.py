@@ -41,7 +41,9 @@ def mixed(maker: Maker) -> Inputs | None:
     picture, sound = _mark(maker.config, "image"), _mark(maker.config, "audio")
     sees = picture is not None and "pixel_values" in maker.taken
     hears = sound is not None and "input_features" in maker.taken
-    if not (sees or hears) or "input_ids" not in maker.taken or "decoder_input_ids" in maker.taken:
+    if not (sees or hears) or "input_ids" not in maker.taken:
+        return None
+    if "decoder_input_ids" in maker.taken and not hasattr(maker.model, "get_image_features"):
         return None
     images = maker.request.images if sees else 0
     kwargs: dict[str, Any] = {}
@@ -90,6 +92,14 @@ def _filled(
     if tiles is not None:  # every word looks at every tile
         shape = (batch, length, maker.request.images, tiles.shape[-1])
         kwargs["cross_attention_mask"] = maker.whole(torch.ones(shape, dtype=torch.int64))
+    if "decoder_input_ids" in maker.taken:
+        kwargs["decoder_input_ids"] = ids(maker, batch, length)
+    for name in required(maker.model.forward):
+        if name not in kwargs:
+            try:
+                kwargs[name] = made(maker, name, documented(maker.model.forward).get(name), [])
+            except Unsaid as error:
+                raise UsageError(f"{type(maker.model).__name__} also takes {name}, which nothing tells.") from error
     return Inputs(kwargs, batch * length, batch, notes)
 
 
@@ -187,8 +197,11 @@ def _masked(maker: Maker, features: torch.Tensor, frames: int) -> dict[str, Any]
 
 
 # --- how many -----------------------------------------------------------------------------------
-def _placeholders(maker: Maker, method: str, given: Mapping[str, Any], count: int) -> int:
-    """Tokens that one takes: the features that the model's encoder gives, over the width of the text."""
+def _placeholders(maker: Maker, method: str, given: dict[str, Any], count: int) -> int:
+    """Tokens that one takes: the features that the model's encoder gives, over the width of the text.
+
+    What the encoder needs besides is added to `given`.
+    """
     encode = getattr(maker.model, method, None) or getattr(getattr(maker.model, "model", None), method, None)
     width = getattr(part(maker.config, TEXT_PARTS), "hidden_size", None)
     if encode is None or not isinstance(width, int):
@@ -200,6 +213,8 @@ def _placeholders(maker: Maker, method: str, given: Mapping[str, Any], count: in
         for name in required(encode):
             if name not in taken:
                 taken[name] = made(maker, name, documented(encode).get(name), [])
+                if name in maker.taken:
+                    given[name] = taken[name]
     except Unsaid as error:
         raise UsageError(f"{type(maker.model).__name__}.{method} also takes {error}, which nothing tells.") from error
     try:

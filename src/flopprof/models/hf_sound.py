@@ -15,7 +15,7 @@ _MEL_RATE = 100  # frames a second of a mel spectrogram with steps of 10 ms
 _SOUND = ("audio_config", "encoder_config", "audio_encoder_config")
 _BINS = ("input_feat_per_channel", "input_feat_size", "feature_size", "input_dim")
 _ANY_BINS = ("num_mel_bins", "n_mels", "mel_bins", *_BINS, "feature_dim", "feat_dim", "num_mels", "input_feat_dim",
-             "feature_projection_input_dim")  # fmt: skip
+             "feature_projection_input_dim", "input_size")  # fmt: skip
 _USUAL_BINS = (128, 80)
 _WINDOW_FRAMES = 3000  # of 30 s, as Whisper takes them
 _WHOLE_FRAMES = 9600  # samples: a multiple of every codec's frame, and of 10 ms
@@ -89,6 +89,7 @@ def spectrograms(maker: Maker) -> Iterator[tuple[torch.Tensor, int]]:
         for frames in lengths:
             yield maker.floats(batch, frames, bins), frames
             yield maker.floats(batch, bins, frames), frames
+            yield maker.floats(batch, 1, frames, bins), frames
 
 
 def _bins(maker: Maker) -> list[int]:

@@ -1,4 +1,4 @@
-"""Does a model run on these inputs? Asked where its layout of them is not written down."""
+"""Does a model run on these inputs, and where does it stop? Asked where their layout is not written down."""
 
 from __future__ import annotations
 
@@ -17,16 +17,31 @@ from flopprof.models.inputs import first_line
 logger = logging.getLogger(__name__)
 
 
-def runs(maker: Maker, kwargs: Mapping[str, Any]) -> bool:
-    """Whether one forward goes through, or stops only for want of values. The model is left as it was."""
+def failing(maker: Maker, kwargs: Mapping[str, Any]) -> tuple[str, int] | None:
+    """The line on which a forward fails, as (file, number); None where it goes through, or stops for want of values.
+
+    The model is left as it was.
+    """
     try:
         with preserved([maker.model], ((), kwargs), None), torch.no_grad(), carried(lambda _: None, model=maker.model):
             maker.model(**(moved(kwargs) if maker.device == "meta" else kwargs))
     except ValuesUnknown:
-        return True
+        return None
     except Exception as error:  # whatever a model raises of a layout that it does not take
         if maker.device == "meta" and needs_values(error):
-            return True
+            return None
         logger.debug("%s does not take these inputs: %s", type(maker.model).__name__, first_line(error))
-        return False
-    return True
+        return _where(error)
+    return None
+
+
+def _where(error: Exception) -> tuple[str, int]:
+    """The innermost line outside torch and this package."""
+    found = ("", 0)
+    trace = error.__traceback__
+    while trace is not None:
+        file = trace.tb_frame.f_code.co_filename
+        if "/torch/" not in file and "flopprof" not in file:
+            found = (file, trace.tb_lineno)
+        trace = trace.tb_next
+    return found
