@@ -60,7 +60,8 @@ def _step(found: Inference) -> RenderableType:
     ]
     flops, moved = weights + others, sum(some for _, _, some in rows)
     steps = common_step([flops]), common_step([moved])
-    title = "One step" if found.mode == "decode" else f"First step, after {found.context} tokens"
+    first = f"First step, after {found.context} {'token' if found.context == 1 else 'tokens'}"
+    title = "One step" if found.mode == "decode" else first
     columns = [
         Column(title, number=False, elastic=True),
         Column(f"FLOPs\n{unit_name(steps[0], 'FLOPs')}"),
