@@ -391,7 +391,7 @@ RECURRENT = [
 # What stands in for the kernels of packages that quantise.
 STANDING_IN = [
     on_shapes("flopprof::quantised_linear", [(2, 4), (3, 4), torch.float32], 48, "2*2*3*4", out=(2, 3)),
-    on_shapes("flopprof::quantised_grouped", [(6, 4), (3, 4, 5), (3,), torch.float32], 240, "2*6*4*5", out=(6, 5)),
+    on_shapes("flopprof::quantised_grouped_mm", [(6, 4), (3, 4, 5), (3,), torch.float32], 240, "2*6*4*5", out=(6, 5)),
 ]
 
 CASES = [*LINEAR, *CONVOLUTIONS, *RECURRENT, *STANDING_IN]

@@ -53,7 +53,15 @@ def by_dtype(profile: Profile, *operators: str) -> dict[str, int]:
     return found
 
 
-PRODUCTS = ("aten::mm", "aten::addmm", "flopprof::quantised_linear", "flopprof::quantised_grouped", "aten::_grouped_mm")
+PRODUCTS = (
+    "aten::mm", "aten::addmm", "aten::_grouped_mm", "flopprof::quantised_linear", "flopprof::quantised_grouped_mm",
+)  # fmt: skip
+    "aten::mm",
+    "aten::addmm",
+    "flopprof::quantised_linear",
+    "flopprof::quantised_grouped_mm",
+    "aten::_grouped_mm",
+)
 
 
 # --- what runs ----------------------------------------------------------------------------------
@@ -269,3 +277,29 @@ def test_patterns_that_a_regex_engine_would_spend_long_on(tmp_path: Path, patter
     assert found is not None
     assert time.perf_counter() - start < 2  # with building 24 layers
     assert found.elements == 24 * WEIGHTS + VOCAB * D  # taken as text, it leaves out nothing, not even the head
+
+
+@pytest.mark.parametrize(("found", "each"), [(NF4, 4 + 32 / 64), (GPTQ, 4 + 20 / 32), (FP8, 8 + 32 / 32**2)])
+def test_a_decoded_token_reads_what_is_stored(tmp_path: Path, found: Any, each: float) -> None:
+    from flopprof import inference
+
+    traffic = inference(quantised(tmp_path, found), mode="decode", context=SEQ).traffic
+    assert traffic is not None
+    rotations = 16 // 2 * 4  # inverse frequencies, half a head of float32
+    whole = 2 * (VOCAB * D + (2 * LAYERS + 1) * D) + rotations
+    assert traffic.weight_bytes == LAYERS * WEIGHTS * each / 8 + whole
+    assert traffic.row_bytes == 2 * D
+
+
+def test_a_decoded_token_reads_the_narrow_experts_that_it_meets(tmp_path: Path) -> None:
+    from flopprof import inference
+
+    facts = {
+        "model_type": "mixtral", "architectures": ["MixtralForCausalLM"], "num_local_experts": 4,
+        "num_experts_per_tok": 2, "intermediate_size": FF,
+    }  # fmt: skip
+    traffic = inference(quantised(tmp_path, FP8, **facts), mode="decode", context=SEQ).traffic
+    assert traffic is not None
+    (routed,) = traffic.routed
+    each = LAYERS * 3 * D * FF  # a byte each, and four for 32 by 32
+    assert (routed.experts, routed.chosen, routed.bytes_each) == (4, 2, each + each // 256)

@@ -144,7 +144,7 @@ def scaled_addmm(addend: Any, a: Tensor, b: Tensor, *_: Any, out: Any, **__: Any
     "aten::_scaled_grouped_mm",
     "aten::_scaled_grouped_mm_v2",
     "transformers::grouped_mm_fallback",
-    "flopprof::quantised_grouped",
+    "flopprof::quantised_grouped_mm",
 )
 def grouped_mm(a: Tensor, b: Tensor, *_: Any, out: Any, **__: Any) -> int:
     """One product per group. Groups split the rows, the columns or the summed dimension and add none.

@@ -1,7 +1,7 @@
 """Products of quantised layers: dequantised weights, or both factors in 8 bits, by operators that stand in.
 
 What multiplies 8-bit factors on a device are kernels of other packages (bitsandbytes, DeepGEMM, Triton, torchao). Here
-`flopprof::quantised_linear` and `flopprof::quantised_grouped` do the same multiply-adds on factors of the same type.
+`flopprof::quantised_linear` and `flopprof::quantised_grouped_mm` do the same multiply-adds on factors of the same type.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Narrow(torch.autograd.Function):
         """(..., n) in the input's type."""
         _define()
         ctx.save_for_backward(weight)
-        return torch.ops.flopprof.quantised_linear((x * 1.0).to(dtype), weight.to(dtype), x.dtype)
+        return torch.ops.flopprof.quantised_linear((x * 1.0).to(dtype), weight, x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
@@ -42,7 +42,7 @@ class NarrowGrouped(torch.autograd.Function):
         """(rows, n) in the input's type."""
         _define()
         ctx.save_for_backward(weight, offs)
-        return torch.ops.flopprof.quantised_grouped((x * 1.0).to(dtype), weight.to(dtype), offs, x.dtype)
+        return torch.ops.flopprof.quantised_grouped_mm((x * 1.0).to(dtype), weight, offs, x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
@@ -115,9 +115,9 @@ def _define() -> torch.library.Library:
     """The operators; kept, because they live as long as the library object."""
     library = torch.library.Library("flopprof", "FRAGMENT")
     library.define("quantised_linear(Tensor x, Tensor weight, ScalarType out_dtype) -> Tensor")
-    library.define("quantised_grouped(Tensor x, Tensor weight, Tensor offs, ScalarType out_dtype) -> Tensor")
+    library.define("quantised_grouped_mm(Tensor x, Tensor weight, Tensor offs, ScalarType out_dtype) -> Tensor")
     library.impl("quantised_linear", _linear, "CompositeExplicitAutograd")
-    library.impl("quantised_grouped", _grouped, "CompositeExplicitAutograd")
+    library.impl("quantised_grouped_mm", _grouped, "CompositeExplicitAutograd")
     return library
 
 

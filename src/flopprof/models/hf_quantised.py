@@ -28,6 +28,8 @@ _WIDEST = 16
 _MOST_SKIPPED, _MOST_REGEXES = 10_000, 200
 _LONGEST_PATTERN = 200
 
+STORED_BYTES = "flopprof_stored_bytes"  # of a quantised parameter: what its bits and scales take
+
 # What packages store beside a weight, to read it: no elements of the model.
 _BESIDE = re.compile(
     r"(scales?|scale_inv|_scale_2|zeros?|zero_point|qzeros|g_idx|absmax|quant_map|quant_state\.\w+|SCB|weight_format|"
@@ -278,8 +280,10 @@ def quantise(model: nn.Module, scheme: Scheme, stored: Stored | None = None) -> 
     if scheme.multiplied is not None and any(parameter.dim() == 3 for _name, parameter in chosen.values()):
         narrow_experts(model, scheme.multiplied)
     by_parameter = {name: _bytes(parameter, scheme) for name, parameter in chosen.values() if scheme.bits}
-    for _name, parameter in chosen.values():
+    for name, parameter in chosen.values():
         parameter.requires_grad_(False)
+        if name in by_parameter:
+            setattr(parameter, STORED_BYTES, by_parameter[name])
     whole = {id(t): t for t in model.state_dict(keep_vars=True).values() if id(t) not in chosen}
     others = sum(tensor.numel() * tensor.element_size() for tensor in whole.values())
     return Quantised(

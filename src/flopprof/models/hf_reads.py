@@ -6,10 +6,13 @@ import math
 import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from flopprof.models.hf_quantised import STORED_BYTES
 
 _LOOKUPS = frozenset({"aten::embedding", "aten::index_select", "aten::index", "aten::gather", "aten::embedding_bag"})
 _SEQUENCES = (list, tuple)
@@ -49,7 +52,7 @@ class Read:
     """Reads of one parameter: whole calls, slices of it by their place, rows, and rows of a grouped product."""
 
     shape: tuple[int, ...]
-    itemsize: int
+    itemsize: Fraction  # bytes of an element; of a quantised one, as it is stored, with its share of the scales
     whole: int = 0  # elements
     slices: dict[int, int] = field(default_factory=dict)  # place of the slice -> elements
     rows: int = 0  # elements
@@ -58,12 +61,12 @@ class Read:
     @property
     def each(self) -> int:
         """Bytes of one row of a table, of one expert's share of a stack."""
-        return self.itemsize * math.prod(self.shape[1:])
+        return int(self.itemsize * math.prod(self.shape[1:]))
 
     @property
     def lookups(self) -> int:
         """Rows, each counted as often as it was looked up."""
-        return self.rows * self.itemsize // self.each
+        return self.rows // math.prod(self.shape[1:])
 
 
 class Reads(TorchDispatchMode):
@@ -108,7 +111,7 @@ class Reads(TorchDispatchMode):
             if key is None:
                 continue
             own = self._tensors[key]
-            read = self.reads.setdefault(key, Read(tuple(own.shape), own.element_size()))
+            read = self.reads.setdefault(key, Read(tuple(own.shape), _itemsize(own)))
             if name in _LOOKUPS:
                 read.rows += out.numel() if isinstance(out, torch.Tensor) else tensor.numel()
             elif "grouped_mm" in name and tensor.dim() == 3:
@@ -135,7 +138,7 @@ def weights(one: Mapping[str, Read], many: Mapping[str, Read], shapes: Mapping[s
     for names in _siblings(one, many, shapes):
         used = [name for name in names if name in one]
         for name in names:  # each is one share of the group
-            route(len(names), len(used), one[name].whole * one[name].itemsize if name == used[0] else 0, name)
+            route(len(names), len(used), int(one[name].whole * one[name].itemsize) if name == used[0] else 0, name)
     apart = {name for names in routed.values() for name in names}
     rest = {name: read for name, read in one.items() if name not in apart}
     for name, read in rest.items():
@@ -160,8 +163,8 @@ def weights(one: Mapping[str, Read], many: Mapping[str, Read], shapes: Mapping[s
 def plain(reads: Mapping[str, Read], stacks: Collection[str], steady: Collection[str]) -> tuple[int, int]:
     """(bytes, bytes of rows looked up for each token) of everything but the experts' stacks."""
     kept = {name: read for name, read in reads.items() if name not in stacks}
-    fixed = sum((read.whole + sum(read.slices.values())) * read.itemsize for read in kept.values())
-    rows = {name: read.rows * read.itemsize for name, read in kept.items()}
+    fixed = sum(int((read.whole + sum(read.slices.values())) * read.itemsize) for read in kept.values())
+    rows = {name: int(read.rows * read.itemsize) for name, read in kept.items()}
     always = sum(n_bytes for name, n_bytes in rows.items() if name in steady)
     return fixed + always, sum(rows.values()) - always
 
@@ -191,6 +194,10 @@ def _tensors(values: Iterable[Any]) -> Iterable[torch.Tensor]:
             yield value
         elif type(value) in _SEQUENCES:
             yield from _tensors(value)
+
+
+def _itemsize(tensor: torch.Tensor) -> Fraction:
+    return Fraction(getattr(tensor, STORED_BYTES, tensor.numel() * tensor.element_size()), tensor.numel())
 
 
 def _elements(tensor: torch.Tensor) -> int:
