@@ -113,6 +113,8 @@ def _count(
         def note(slot: _Slot, row: Row) -> None:
             nonlocal done
             slot.row = row
+            if slot.job is not None:
+                kept.add(slot.job, row)
             done += 1
             if progress is not None:
                 progress(done, len(slots), slot.name)
@@ -120,14 +122,12 @@ def _count(
         for slot in slots:
             if slot.thing is not None:
                 note(slot, _row(slot.thing, slot.name, attention))
-        waiting = [slot for slot in slots if slot.row is None]
-        jobs = [slot.job for slot in waiting if slot.job is not None]
+        waiting = {id(slot.job): slot for slot in slots if slot.row is None}
+        jobs = [slot.job for slot in waiting.values() if slot.job is not None]
         count = pool.worth(len(jobs)) if workers is None else workers
-        by_job = {id(slot.job): slot for slot in waiting}
         with closing(pool.rows(jobs, count)) as coming:
             for job, row in coming:
-                kept.add(job, row)
-                note(by_job[id(job)], row)
+                note(waiting[id(job)], row)
 
 
 def _row(thing: Workload | Profile, name: str, attention: Attention) -> Row:

@@ -134,7 +134,7 @@ class _Pool:
                     else:
                         barren += 1
                     if jobs and barren <= count:  # one that cannot even start is not tried for ever
-                        self._start(fork=False)
+                        self._start(fork=fork)
                     continue
                 finished, worker.job = worker.job, jobs.popleft() if jobs else None
                 if worker.job is None:
@@ -218,9 +218,10 @@ def serve_on(descriptor: int) -> None:
 def serve(line: Connection) -> None:
     """Answers each job with its row, until the line closes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which ends its workers
-    nothing = os.open(os.devnull, os.O_WRONLY)
+    nothing = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  # until the process ends
+    sys.stdout = sys.stderr = nothing
     for stream in (1, 2):
-        os.dup2(nothing, stream)
+        os.dup2(nothing.fileno(), stream)
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)  # each worker has a core; and a forked pool of threads would never answer
     gc.disable()  # a count makes much garbage, and looking through all of torch for it takes a fifth of the time:

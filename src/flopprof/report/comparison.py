@@ -47,12 +47,13 @@ def render(comparison: Comparison) -> RenderableType:
 def tables(comparison: Comparison) -> Iterator[Table]:
     """What models compute, what they hold, and how fast they can be and are."""
     rows = [row for row in comparison.rows if not row.failed]
+    if not rows:
+        return
     same = inputs_of(rows)
     yield _table(f"Compute{f': {same}' if same else ''}", rows, list(_compute(comparison, rows, same=bool(same))))
     if any(row.memory is not None or row.size_bytes for row in rows):
         yield _table("Memory in training, and size on disk", rows, list(_memory(comparison, rows)))
-    if rows:
-        yield _table("Traffic and time of a forward", rows, list(_time(comparison, rows)))
+    yield _table("Traffic and time of a forward", rows, list(_time(comparison, rows)))
 
 
 def inputs_of(rows: Sequence[Row]) -> str:
@@ -166,7 +167,11 @@ def facts(comparison: Comparison) -> Iterator[tuple[str, str]]:
     rows = [row for row in comparison.rows if not row.failed]
     if len(rows) > 1:
         yield "ratio", f"to {comparison.reference}"
-    yield "forward", "1 multiply-add = 2 FLOPs; of one forward of the input; elementwise FLOPs are apart, in no other"
+    if rows:
+        yield (
+            "forward",
+            "1 multiply-add = 2 FLOPs; of one forward of the input; elementwise FLOPs are apart, in no other",
+        )
     if any(row.training_flops is not None for row in rows):
         yield "training", "forward + backward of the sum of the outputs; what is recomputed is not in it"
     if any(row.density is not None and row.density.share < 1 for row in rows):
@@ -184,8 +189,9 @@ def facts(comparison: Comparison) -> Iterator[tuple[str, str]]:
             "int8, int4",
             "multiplied weights, with a 16-bit scale a row, or for each 128 of a row; the rest 16 bit",
         )
-    yield "moved", "by counted operators: each operand read once, each result written once"
-    if comparison.hardware:
+    if rows:
+        yield "moved", "by counted operators: each operand read once, each result written once"
+    if rows and comparison.hardware:
         yield "ideal", f"{comparison.hardware}: the longer of FLOPs / dense peak of the dtype and bytes / bandwidth"
     for device in dict.fromkeys(row.latency.device for row in rows if row.latency is not None):
         least = min(row.latency.runs for row in rows if row.latency is not None and row.latency.device == device)
