@@ -54,13 +54,11 @@ def by_dtype(profile: Profile, *operators: str) -> dict[str, int]:
 
 
 PRODUCTS = (
-    "aten::mm", "aten::addmm", "aten::_grouped_mm", "flopprof::quantised_linear", "flopprof::quantised_grouped_mm",
-)  # fmt: skip
     "aten::mm",
     "aten::addmm",
+    "aten::_grouped_mm",
     "flopprof::quantised_linear",
     "flopprof::quantised_grouped_mm",
-    "aten::_grouped_mm",
 )
 
 
