@@ -17,8 +17,8 @@ from torch import nn
 from flopprof import Meter
 from flopprof.errors import FlopprofError, UsageError
 from flopprof.meter import records
-from flopprof.meter.figures import StepRecord
-from flopprof.meter.world import RankReport, World, path_of_rank, rank_report, world_of
+from flopprof.meter.figures import StepRecord, figures
+from flopprof.meter.world import RankReport, World, path_of_rank, world_of
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 needs_gloo = pytest.mark.skipif(
@@ -157,7 +157,7 @@ def test_ranks_add_up_to_one_process(job: Callable[[Path], World], worlds: list[
     first, second = (found[job.__name__] for found in worlds)
     assert first == second
     assert [rank.rank for rank in first.ranks] == [0, 1]
-    assert sum(rank.timed_model_flops // rank.timed_steps for rank in first.ranks) == STEP
+    assert sum(rank.timed.model_flops // rank.timed.steps for rank in first.ranks) == STEP
     assert 0 < first.mfu < 1
     assert (first.data_parallel is None) == (job is tensor_parallel)
     if job is not pipelined:  # whose first step also tries each stage on a micro-batch, to learn shapes
@@ -184,19 +184,30 @@ def test_a_rank_that_dies_leaves_the_others_records(tmp_path: Path) -> None:
 
 
 # --- arithmetic over ranks ----------------------------------------------------------------------------------------
-def steps(count: int, seconds: float, flops: int, tokens: int = 0) -> list[StepRecord]:
-    return [
+def report(
+    rank: int, count: int, seconds: float, flops: int, *, peak: float | None, tokens: int = 0, shared: bool = False
+) -> RankReport:
+    """A rank that did `count` steps of `seconds`, each with `flops` model FLOPs and twice as many executed ones."""
+    steps = [
         StepRecord(step=i, ended_at=0.0, step_time_s=seconds, flops={"bfloat16": (flops, 2 * flops)}, tokens=tokens)
         for i in range(count)
     ]
+    timed = figures(steps, lambda rate: peak)
+    flops_of_all = {"bfloat16": (count * flops, 2 * count * flops)}
+    return RankReport(
+        rank=rank,
+        steps=count,
+        model_flops=flops_of_all["bfloat16"][0],
+        hardware_flops=flops_of_all["bfloat16"][1],
+        timed=timed,
+        shared_data=shared,
+        reason="" if peak else "no MFU: no peak for 'X'.",
+    )
 
 
 def two_ranks() -> list[RankReport]:
     """Ten steps of 100 FLOPs in 2 s at a peak of 100 FLOP/s; ten of 300 in 3 s at 200 FLOP/s."""
-    return [
-        rank_report(steps(10, 2.0, 100, tokens=8), lambda rate: 100.0, rank=0),
-        rank_report(steps(10, 3.0, 300, tokens=8), lambda rate: 200.0, rank=1),
-    ]
+    return [report(0, 10, 2.0, 100, peak=100.0, tokens=8), report(1, 10, 3.0, 300, peak=200.0, tokens=8)]
 
 
 def test_the_mfu_of_the_world_is_ideal_over_passed_device_seconds() -> None:
@@ -214,7 +225,7 @@ def test_the_mfu_of_the_world_is_ideal_over_passed_device_seconds() -> None:
 
 def test_one_unknown_peak_leaves_the_mfu_unknown() -> None:
     known = two_ranks()[0]
-    unknown = rank_report(steps(10, 3.0, 300), lambda rate: None, rank=1, reason="no peak for 'X'.")
+    unknown = report(1, 10, 3.0, 300, peak=None)
     world = world_of([known, unknown])
     assert world.mfu is None
     assert ("MFU", "not known: no peak for 'X'.") in world.facts()
@@ -222,7 +233,7 @@ def test_one_unknown_peak_leaves_the_mfu_unknown() -> None:
 
 
 def test_ranks_that_share_data_have_no_throughput_until_one_says_how() -> None:
-    ranks = [rank_report(steps(2, 1.0, 1, tokens=8), lambda rate: 1.0, rank=r, shared_data=True) for r in range(4)]
+    ranks = [report(r, 2, 1.0, 1, peak=1.0, tokens=8, shared=True) for r in range(4)]
     assert world_of(ranks).tokens_per_s is None
     assert world_of(ranks, data_parallel=2).tokens_per_s == pytest.approx(16)
     for wrong in (0, 3):
@@ -237,14 +248,13 @@ def test_missing_ranks_are_named() -> None:
 
 
 def test_steps_without_time_are_in_the_flops_alone() -> None:
-    late = [StepRecord(step=0, ended_at=0.0, step_time_s=9.0, flops={"float32": (7, 7)}, left_out=("first",))]
-    world = world_of([rank_report(late, lambda rate: 1.0, rank=0)])
+    world = world_of([RankReport(rank=0, steps=1, model_flops=7, hardware_flops=7)])
     assert (world.model_flops, world.mfu, world.slowest, world.spread) == (7, None, None, None)
     assert "no step is timed" in str(world)
 
 
 def test_many_ranks_print_their_slowest() -> None:
-    ranks = [rank_report(steps(1, 1.0 + r, 1), lambda rate: 1.0, rank=r) for r in range(64)]
+    ranks = [report(r, 1, 1.0 + r, 1, peak=1.0) for r in range(64)]
     text = str(world_of(ranks))
     assert "rank 63  " in text
     assert "rank 0  " not in text

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
-import msgspec
 import torch
 
 from flopprof.errors import UsageError
@@ -302,18 +301,10 @@ class Meter:
         """
         from flopprof.meter import world
 
-        self._settle(wait=True)
         rank, _size = world.place_of_process()
         report = world.rank_report(
-            self._history.records,
-            self.peaks.flops_per_s,
-            rank=rank,
-            host=world.host(),
-            device=self.device,
-            peak=self.peaks.label,
-            shared_data=world.shares_data(self.models),
+            self.summary(), rank=rank, host=world.host(), shared_data=world.shares_data(self.models)
         )
-        report = msgspec.structs.replace(report, reason=self.peaks.reason)  # which looking peaks up has found
         return world.gather(report, group=group, data_parallel=data_parallel)
 
     def _settle(self, *, wait: bool = False) -> None:

@@ -11,23 +11,24 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from flopprof.errors import FlopprofError, UsageError
-from flopprof.meter.figures import Peak, Percentiles, StepRecord, flops_by_rate, ideal_time_s, percentiles, timed
-from flopprof.meter.summary import format_time, laid_out, percent
+from flopprof.meter.figures import Figures
+from flopprof.meter.summary import Summary, format_time, laid_out, percent
 from flopprof.units import format_flops, format_si
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 _NAMED = 8
+_NO_MFU = "no MFU: "
 
 
 class RankReport(msgspec.Struct, frozen=True, kw_only=True):
-    """What one rank did; times in seconds, FLOPs of that rank alone (one multiply-add is 2).
+    """What one rank did; FLOPs are that rank's own (one multiply-add is 2).
 
-    steps, model_flops, hardware_flops   of all steps whose work is known
-    timed_steps, time_s, timed_model_flops, timed_hardware_flops, tokens, samples   of those that figures are made of
-    ideal_s, ideal_hardware_s   how long the timed work takes at this device's peaks; None where one is not known
+    model_flops, hardware_flops   of all steps whose work is known
+    timed         figures of the steps that are timed; None where there is none
     shared_data   its model is sharded in a way that makes ranks read the same data (tensor parallelism)
+    reason        why its MFU is not known
     """
 
     rank: int
@@ -37,16 +38,7 @@ class RankReport(msgspec.Struct, frozen=True, kw_only=True):
     steps: int = 0
     model_flops: int = 0
     hardware_flops: int = 0
-    timed_steps: int = 0
-    time_s: float = 0.0
-    timed_model_flops: int = 0
-    timed_hardware_flops: int = 0
-    ideal_s: float | None = None
-    ideal_hardware_s: float | None = None
-    step_time_s: Percentiles | None = None
-    data_wait_s: float = 0.0
-    tokens: int = 0
-    samples: int = 0
+    timed: Figures | None = None
     shared_data: bool = False
     reason: str = ""
 
@@ -75,56 +67,59 @@ class World(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def mfu(self) -> float | None:
         """Device-seconds that the model's FLOPs take at the peaks, over the device-seconds that passed."""
-        return _share([rank.ideal_s for rank in self._timed()], self._time_s())
+        return self._share([each.mfu for each in self._timed()])
 
     @property
     def hfu(self) -> float | None:
         """As mfu, of everything executed."""
-        return _share([rank.ideal_hardware_s for rank in self._timed()], self._time_s())
+        return self._share([each.hfu for each in self._timed()])
 
     @property
     def model_flops_per_s(self) -> float:
         """Model FLOP/s of all devices together."""
-        return sum(rank.timed_model_flops / rank.time_s for rank in self._timed())
+        return sum(each.model_flops_per_s for each in self._timed())
 
     @property
     def hardware_flops_per_s(self) -> float:
         """FLOP/s executed by all devices together."""
-        return sum(rank.timed_hardware_flops / rank.time_s for rank in self._timed())
+        return sum(each.hardware_flops_per_s for each in self._timed())
 
     @property
     def tokens_per_s(self) -> float | None:
         """Tokens per second of all ranks that read data of their own; None where it is not known which those are."""
-        return self._throughput("tokens")
+        return self._throughput([each.tokens_per_s for each in self._timed()])
 
     @property
     def samples_per_s(self) -> float | None:
         """Samples per second, as tokens_per_s."""
-        return self._throughput("samples")
+        return self._throughput([each.samples_per_s for each in self._timed()])
 
     @property
     def slowest(self) -> RankReport | None:
         """The rank with the longest median step."""
-        return max(self._timed(), key=_median, default=None)
+        return max((rank for rank in self.ranks if rank.timed is not None), key=_median, default=None)
 
     @property
     def spread(self) -> float | None:
         """By what share the slowest rank's median step is longer than the fastest's."""
-        medians = [_median(rank) for rank in self._timed()]
+        medians = [each.step_time_s.median for each in self._timed()]
         return max(medians) / min(medians) - 1 if medians and min(medians) > 0 else None
 
-    def _timed(self) -> list[RankReport]:
-        return [rank for rank in self.ranks if rank.timed_steps and rank.time_s > 0]
+    def _timed(self) -> list[Figures]:
+        return [rank.timed for rank in self.ranks if rank.timed is not None]
 
-    def _time_s(self) -> float:
-        return sum(rank.time_s for rank in self._timed())
-
-    def _throughput(self, of: str) -> float | None:
-        ranks = self._timed()
-        if self.data_parallel is None or not ranks:
+    def _share(self, utilisations: Sequence[float | None]) -> float | None:
+        """The mean over devices, each by the time it was at work."""
+        times = [each.time_s for each in self._timed()]
+        if not times or None in utilisations:
             return None
-        total = sum(getattr(rank, of) / rank.time_s for rank in ranks)
-        return total * self.data_parallel / len(self.ranks) if total else None
+        return sum(u * t for u, t in zip(utilisations, times, strict=True) if u is not None) / sum(times)
+
+    def _throughput(self, each: Sequence[float | None]) -> float | None:
+        known = [value for value in each if value is not None]
+        if self.data_parallel is None or not known:
+            return None
+        return sum(known) * self.data_parallel / len(self.ranks)
 
     def facts(self) -> list[tuple[str, str]]:
         """Labelled lines: what `print(meter.world())` shows."""
@@ -138,7 +133,7 @@ class World(msgspec.Struct, frozen=True, kw_only=True):
                 *lines,
                 ("note", "no step is timed yet: the first ones, and those that are counted, are in no figure."),
             ]
-        reason = next((rank.reason for rank in self.ranks if rank.reason), "")
+        reason = next((rank.reason for rank in self.ranks if rank.reason), "").removeprefix(_NO_MFU)
         lines += [
             ("MFU", percent(self.mfu) if self.mfu is not None else f"not known: {reason}"),
             ("HFU", percent(self.hfu)),
@@ -172,27 +167,21 @@ class World(msgspec.Struct, frozen=True, kw_only=True):
         return laid_out(self.facts())
 
 
-def rank_report(records: Sequence[StepRecord], limit: Peak, *, rank: int, **about: Any) -> RankReport:
-    """The sums of one rank's steps. limit: rate -> FLOP/s of its device. about: further fields of RankReport."""
-    usable = timed(records)
-    flops, every = flops_by_rate(usable), flops_by_rate(records)
-    model, hardware = ({rate: row[which] for rate, row in flops.items()} for which in (0, 1))
+def rank_report(summary: Summary, *, rank: int, host: str = "", shared_data: bool = False) -> RankReport:
+    """What a rank's own summary says."""
+    model, hardware = (sum(row[which] for row in summary.flops.values()) for which in (0, 1))
+    known = summary.whole is None or summary.whole.mfu is not None
     return RankReport(
         rank=rank,
-        steps=sum(record.flops is not None for record in records),
-        model_flops=sum(row[0] for row in every.values()),
-        hardware_flops=sum(row[1] for row in every.values()),
-        timed_steps=len(usable),
-        time_s=sum(record.step_time_s for record in usable),
-        timed_model_flops=sum(model.values()),
-        timed_hardware_flops=sum(hardware.values()),
-        ideal_s=ideal_time_s(model, limit) if usable else None,
-        ideal_hardware_s=ideal_time_s(hardware, limit) if usable else None,
-        step_time_s=percentiles([record.step_time_s for record in usable]) if usable else None,
-        data_wait_s=sum(record.data_wait_s for record in usable),
-        tokens=sum(record.tokens for record in usable),
-        samples=sum(record.samples for record in usable),
-        **about,
+        host=host,
+        device=summary.device,
+        peak=summary.peak,
+        steps=summary.steps,
+        model_flops=model,
+        hardware_flops=hardware,
+        timed=summary.whole,
+        shared_data=shared_data,
+        reason="" if known else next((note for note in summary.notes if note.startswith(_NO_MFU)), ""),
     )
 
 
@@ -272,13 +261,8 @@ def shares_data(modules: Iterable[Any]) -> bool:
     return False
 
 
-def _share(ideal: Sequence[float | None], time_s: float) -> float | None:
-    known = [seconds for seconds in ideal if seconds is not None]
-    return sum(known) / time_s if known and len(known) == len(ideal) and time_s > 0 else None
-
-
 def _median(rank: RankReport) -> float:
-    return 0.0 if rank.step_time_s is None else rank.step_time_s.median
+    return 0.0 if rank.timed is None else rank.timed.step_time_s.median
 
 
 def _devices(ranks: Iterable[RankReport]) -> list[str]:
@@ -291,8 +275,8 @@ def _devices(ranks: Iterable[RankReport]) -> list[str]:
 
 
 def _line(rank: RankReport) -> str:
-    if rank.step_time_s is None:
+    timed = rank.timed
+    if timed is None:
         return f"{format_flops(rank.model_flops)} model, no step timed"
-    mfu = None if rank.ideal_s is None else rank.ideal_s / rank.time_s
-    per_step = format_flops(round(rank.timed_model_flops / rank.timed_steps))
-    return f"{per_step} model a step, {format_time(rank.step_time_s.median)}, MFU {percent(mfu)}"
+    per_step = format_flops(round(timed.model_flops / timed.steps))
+    return f"{per_step} model a step, {format_time(timed.step_time_s.median)}, MFU {percent(timed.mfu)}"
