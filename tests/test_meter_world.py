@@ -18,6 +18,7 @@ from flopprof import Meter
 from flopprof.errors import FlopprofError, UsageError
 from flopprof.meter import records
 from flopprof.meter.figures import StepRecord, figures
+from flopprof.meter.runs import run_of, world_of_runs
 from flopprof.meter.world import RankReport, World, path_of_rank, world_of
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -181,6 +182,12 @@ def test_a_rank_that_dies_leaves_the_others_records(tmp_path: Path) -> None:
     assert [record.step for record in whole.records] == [0, 1, 2, 3]
     assert [record.step for record in torn.records] == [0, 1]
     assert [record.model_flops for record in torn.records] == [STEP, STEP]
+    runs = [run_of(tmp_path / f"run.rank{rank}.jsonl") for rank in range(RANKS)]
+    world = world_of_runs(runs)
+    assert world is not None
+    assert world.model_flops == 6 * STEP
+    assert world_of_runs(runs[:1]) is None
+    assert world_of_runs([runs[0], runs[0]]) is None
 
 
 # --- arithmetic over ranks ----------------------------------------------------------------------------------------

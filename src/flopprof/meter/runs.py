@@ -11,6 +11,7 @@ import msgspec
 from flopprof.meter.figures import StepRecord, figures, flops_by_rate, timed
 from flopprof.meter.records import Process, read
 from flopprof.meter.summary import Summary, over_peak
+from flopprof.meter.world import World, rank_report, world_of
 
 _WINDOW = 100
 
@@ -71,6 +72,14 @@ def run_of(path: str | os.PathLike[str]) -> Run:
         goodput=rows["steps"] / wall if wall > 0 and kept else None,
         rows=rows,
     )
+
+
+def world_of_runs(runs: Sequence[Run]) -> World | None:
+    """All devices together, where these are different ranks of one run; None where they are not."""
+    sizes = {run.world_size for run in runs}
+    if len(runs) < 2 or len({run.rank for run in runs}) < len(runs) or len(sizes) > 1:
+        return None
+    return world_of([rank_report(run.summary, rank=run.rank) for run in runs], size=sizes.pop())
 
 
 def filled(records: Sequence[StepRecord]) -> list[StepRecord]:

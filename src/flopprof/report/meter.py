@@ -7,14 +7,17 @@ from collections.abc import Iterator, Sequence
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from flopprof.meter.runs import Run
+from flopprof.meter.runs import Run, world_of_runs
 from flopprof.report.facts import Facts
 from flopprof.report.grid import Column, Grid
 
 
 def render(runs: Sequence[tuple[str, Run]]) -> RenderableType:
-    """One report of each (file, run)."""
+    """One report of each (file, run); before them, where they are ranks of one run, all devices together."""
     parts: list[RenderableType] = []
+    world = world_of_runs([run for _name, run in runs])
+    if world is not None:
+        parts += [Text("All ranks", style="bold"), Text(), Facts(world.facts())]
     for name, run in runs:
         if parts:
             parts.append(Text())
