@@ -55,7 +55,7 @@ class History:
         self._signatures: dict[tuple[Done, ...], int] = {}
         self._unknown: dict[int, tuple[Done, ...]] = {}  # steps without a count so far, by their place in records
         self._kinds: dict[tuple[Done, ...], _Kind] = {}
-        self._corrections = 0
+        self._kinds_seen = self._corrections = 0
         self._uncounted: dict[str, int] = {}
         self._rows: dict[str, float] = {}
         self._energy = _Energy(device)
@@ -133,7 +133,8 @@ class History:
         if "interrupted" in step.left_out:
             number = self._signatures.get(segments, -1)
         else:
-            number = self._signatures.setdefault(segments, len(self._signatures))
+            number = self._signatures.setdefault(segments, self._kinds_seen)
+            self._kinds_seen = max(self._kinds_seen, number + 1)
         if step.unseen:
             return _Kind(number)
         work = self._recorder.work(segments)
@@ -222,7 +223,7 @@ class History:
             attention=self._attention,
             steps=len(records),
             counted_steps=sum("counted" in record.left_out for record in records),
-            signatures=len(self._signatures),
+            signatures=self._kinds_seen,
             left_out=left_out,
             flops=flops_by_rate(records),
             uncounted=dict(self._uncounted),
@@ -283,6 +284,7 @@ class History:
         self.records = [msgspec.convert(record, StepRecord) for record in state["records"]]
         found = self._recorder.tracker.found
         self._signatures = {found(numbers): i for i, numbers in enumerate(state["signatures"])}
+        self._kinds_seen = len(state["signatures"])
         self._unknown.clear()
         self._uncounted = dict(state["uncounted"])
         self._rows = dict(state["rows"])

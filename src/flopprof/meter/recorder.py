@@ -14,7 +14,7 @@ from flopprof.meter.places import Done
 from flopprof.meter.signature import arguments, quick, size_of
 from flopprof.meter.timing import Timer
 from flopprof.meter.tracking import Tracker
-from flopprof.meter.watching import Watch, compiled_around, compiled_within, instruments
+from flopprof.meter.watching import Watch, compiled_call, compiled_within, instruments
 from flopprof.meter.work import Work, total
 from flopprof.profile import Attention
 
@@ -208,7 +208,7 @@ class Recorder:
             step is None
             or self._span is not None
             or (root.trained and not grad and not training)
-            or (self.tracker.counter is not None and compiled_around())
+            or self.tracker.counter is not None
         ):
             if self._aside(root, evaluates=not grad and not training):
                 return
@@ -278,11 +278,13 @@ class Recorder:
             return True
         if self._span is not None:
             self._resume()
-        if self.tracker.counter is not None and compiled_around():
+        itself, inside = (False, False) if self.tracker.counter is None else compiled_call()
+        if inside:
             self.tracker.from_start |= not self.opaque
             self.opaque = True
-            return True
-        return False
+        elif itself:
+            self.tracker.lose_sight()
+        return inside
 
     def differentiated(self, structure: tuple[Any, ...]) -> None:
         """A backward pass starts."""
@@ -310,7 +312,8 @@ class Recorder:
     # --- read later --------------------------------------------------------------------------------------------------
     def times(self, step: OpenStep, *, wait: bool) -> tuple[float, float, dict[str, float]] | None:
         """(seconds in all, of evaluation, of each pause); None where the device is not past the step yet."""
-        whole = self.timer.seconds(step.start, step.end, wait=wait)
+        start, end = step.start, step.end
+        whole = end - start if type(end) is float else self.timer.seconds(start, end, wait=wait)
         if whole is None:
             return None
         if not step.spans:

@@ -54,6 +54,7 @@ class Roots:
         self._hook = self._before  # one object: a compiler compares it
         self._thread = 0
         self._left: list[torch.nn.Module] = []  # modules whose call ended in an exception
+        self._marked: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()  # those whose keywords are told
         self._compiler = WhenImported("torch._dynamo.eval_frame", self._around_compiled)
 
     def install(self) -> None:
@@ -66,6 +67,9 @@ class Roots:
         """No more."""
         self.disarm()
         self._thread = 0
+        for module in self._marked:
+            module._forward_pre_hooks_with_kwargs.pop(_KEY, None)
+        self._marked.clear()
         self._compiler.remove()
 
     def arm(self) -> None:
@@ -92,7 +96,9 @@ class Roots:
         finally:
             self.arm()
 
-    def _before(self, module: torch.nn.Module, args: tuple[Any, ...]) -> None:
+    def _before(
+        self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None
+    ) -> None:
         if torch.compiler.is_compiling():
             return
         if self._thread != _thread() or type(module) in _ARITHMETIC or _node() is not None:
@@ -100,8 +106,12 @@ class Roots:
         _armed.pop(_KEY, None)
         module._forward_hooks[_KEY] = self._after
         module._forward_hooks_always_called[_KEY] = True
-        # A global pre-hook is not given the keywords: they are the caller's.
-        self._called(module, args, sys._getframe(1).f_locals.get("kwargs") or {})
+        if kwargs is None:
+            # A global pre-hook is given the keywords of those modules alone that say so; else they are the caller's.
+            kwargs = sys._getframe(1).f_locals.get("kwargs") or {}
+            module._forward_pre_hooks_with_kwargs[_KEY] = True
+            self._marked.add(module)
+        self._called(module, args, kwargs)
 
     def _after(self, module: torch.nn.Module, _args: Any, _result: Any) -> None:
         if sys.exc_info()[1] is None:

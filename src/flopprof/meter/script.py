@@ -300,8 +300,7 @@ class Script:
             self._step_over(self._in_backward)
         if self.meter is None:
             return
-        key = id(_first(optimizer))
-        if key in self._seen or any(found() is None for found in self._seen.values()):
+        if self._seen and (id(_first(optimizer)) in self._seen or any(found() is None for found in self._seen.values())):
             self._seen.clear()
             if self.meter.decide() and self._finished is not None:
                 self._finished(self.meter)
@@ -383,5 +382,7 @@ def _changeable(name: str) -> Callable[[], object]:
 
 def _first(optimizer: torch.optim.Optimizer) -> torch.Tensor | None:
     """The parameter by which an optimizer is known: another one over the same parameters takes its place."""
-    parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
-    return next(parameters, None)
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            return parameter  # type: ignore[no-any-return]  # the groups are plain dicts
+    return None

@@ -26,6 +26,7 @@ from flopprof.counting.runtime import FlopCounter
 from flopprof.counting.tally import Tally
 from flopprof.meter.places import MOST, Done, Ints, Place, Segment, Sight, Start, roots
 from flopprof.meter.signature import Structure
+from flopprof.meter.watching import anything_compiled
 from flopprof.meter.work import Work, work_of
 from flopprof.profile import Attention
 
@@ -304,7 +305,8 @@ class Tracker:
         # may be opened inside other contexts of the loop's only where it is sure to be closed before them; in a step
         # of an optimizer, hooks are being called that a counter would add to.)
         place = start.place
-        plain = self._attention == "full" and place.plain
+        # The backward of a compiled forward runs other operators than those that it stands for.
+        plain = place.plain and self._attention == "full" and not anything_compiled()
         if (place.depth == 0 or plain) and place.opens and not self._closure and _modes() == self._modes:
             self._open()
         else:

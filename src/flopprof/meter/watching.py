@@ -24,6 +24,7 @@ from flopprof.counting.imports import WhenImported
 
 _node = torch._C._current_autograd_node
 _thread = threading.get_ident
+_compiling = torch.compiler.is_dynamo_compiling  # False; a compiler that looks inside a hook reads True
 
 
 class Listener(Protocol):
@@ -62,7 +63,7 @@ class Before:
 
     def __call__(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Tells the meter, unless this runs in another thread, in a backward, in a copy, or is being compiled."""
-        if torch.compiler.is_compiling():
+        if _compiling():
             return
         listener = self._listener()
         if listener is None or _node() is not None or self._module() is not module:
@@ -98,7 +99,7 @@ class _Engine:
 
 
 def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    if _listeners and not torch.compiler.is_compiling() and _node() is None:  # else in a backward: part of it
+    if _listeners and not _compiling() and _node() is None:  # else in a backward: part of it
         closure = (len(args) > 1 or bool(kwargs)) and has_closure(args, kwargs)
         for listener in _listeners:
             if listener.thread == _thread():
@@ -106,7 +107,7 @@ def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> No
 
 
 def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    if _listeners and (len(args) > 1 or kwargs) and not torch.compiler.is_compiling() and has_closure(args, kwargs):
+    if _listeners and (len(args) > 1 or kwargs) and not _compiling() and has_closure(args, kwargs):
         for listener in _listeners:
             if listener.thread == _thread():
                 listener.stepped(optimizer, closure=True, over=True)
@@ -203,25 +204,38 @@ def _remove(handles: list[Any]) -> None:
         handles.pop().remove()
 
 
-def compiled_around() -> bool:
-    """Is the call that a hook tells of inside a compiled function, which now runs eagerly only to be counted?
+def compiled_call() -> tuple[bool, bool]:
+    """Of the call that a hook tells of in a step that is counted: (is it that of a compiled model, is it inside more?)
 
-    There no hook will run once the step is not counted. The compiled model's own frames do not matter.
+    A compiled function runs eagerly to be counted. Inside one, no hook will run once the step is not counted; those of
+    a model that is itself compiled will.
     """
     frame: FrameType | None = sys._getframe(1)
+    itself = False
     while frame is not None and frame.f_code.co_filename.endswith(_ENTRY):
+        itself |= _is_compiled(frame)
         frame = frame.f_back
     while frame is not None:
-        if frame.f_code.co_name == "compile_wrapper" and frame.f_code.co_filename.endswith("eval_frame.py"):
-            return True
+        if _is_compiled(frame):
+            return itself, True
         frame = frame.f_back
-    return False
+    return itself, False
+
+
+def _is_compiled(frame: FrameType) -> bool:
+    return frame.f_code.co_name == "compile_wrapper" and frame.f_code.co_filename.endswith("eval_frame.py")
 
 
 _ENTRY = (
     *("meter/watching.py", "meter/recorder.py", "counting/instrument.py"),
     *("nn/modules/module.py", "_dynamo/eval_frame.py", "_dynamo/external_utils.py"),
 )
+
+
+def anything_compiled() -> bool:
+    """Has anything been compiled in this process?"""
+    frames = sys.modules.get("torch._dynamo.convert_frame")
+    return frames is not None and bool(getattr(frames, "FRAME_COUNTER", 1))
 
 
 def compiled_within(module: torch.nn.Module) -> bool:

@@ -1,0 +1,196 @@
+"""What metering costs: training steps bare and metered, and beside them what others do to say as much.
+
+    python benchmarks/meter_overhead.py [--rounds 60] [--seed 0] [--compile inductor]
+
+Variants run interleaved in one process, in random order each round; ratios of medians over rounds are printed, because
+absolute times depend on the machine. Goal: metered at most 1.005x of bare for steps of 5 ms and more, 1.02x for 0.5 ms,
+1.01x for a compiled model, which is not compiled again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import random
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
+
+from flopprof import Meter
+
+sys.path.insert(0, str(Path(__file__).parent))
+from overhead import Transformer, training_step
+
+Step = Callable[[], None]
+Variant = Callable[[], contextlib.AbstractContextManager[Step]]
+
+
+def bare(step: Step) -> Variant:
+    """The step as it is."""
+    return lambda: contextlib.nullcontext(step)
+
+
+def metered(step: Step, model: torch.nn.Module) -> Variant:
+    """Inside a Meter that has seen the step: its hooks are on the model only while this variant runs."""
+    state: dict[str, Any] = {}
+
+    @contextlib.contextmanager
+    def variant() -> Iterator[Step]:
+        with Meter(model, peak=1e12) as meter:
+            if state:
+                meter.load_state_dict(state)
+
+            def metered_step() -> None:
+                with meter.step():
+                    step()
+
+            for _ in range(0 if state else 5):
+                metered_step()
+            counted = sum("counted" in record.left_out for record in meter.records)
+            yield metered_step
+            assert sum("counted" in record.left_out for record in meter.records) == counted
+            state.update(meter.state_dict())
+            state["history"]["records"].clear()
+
+    return variant
+
+
+def with_mode(step: Step) -> Variant:
+    """FlopCounterMode left on."""
+
+    @contextlib.contextmanager
+    def variant() -> Iterator[Step]:
+        with FlopCounterMode(display=False):
+            yield step
+
+    return variant
+
+
+def with_profiler(step: Step) -> Variant:
+    """torch.profiler(with_flops=True) left on."""
+
+    @contextlib.contextmanager
+    def variant() -> Iterator[Step]:
+        with profile(activities=[ProfilerActivity.CPU], with_flops=True, acc_events=True):
+            yield step
+
+    return variant
+
+
+def with_lightning(step: Step, model: torch.nn.Module, batch: torch.Tensor) -> Variant | None:
+    """Lightning's measure_flops once, and its Throughput updated and read every step; None where it is not installed.
+
+    It wants the model on the meta device to count, and the loop to tell it everything.
+    """
+    try:
+        from lightning.fabric.utilities.throughput import Throughput, measure_flops
+    except ImportError:
+        return None
+    from copy import deepcopy
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        meta, fake = deepcopy(model).to("meta"), batch.to("meta")
+        flops = measure_flops(meta, lambda: meta(fake), lambda y: y.float().sum())
+
+    @contextlib.contextmanager
+    def variant() -> Iterator[Step]:
+        throughput = Throughput(available_flops=1e12, world_size=1)
+        start, done = time.perf_counter(), 0
+
+        def step_and_tell() -> None:
+            nonlocal done
+            step()
+            done += 1
+            throughput.update(time=time.perf_counter() - start, batches=done, samples=done * len(batch), flops=flops)
+            throughput.compute()
+
+        yield step_and_tell
+
+    return variant
+
+
+def measure(variants: dict[str, Variant], rounds: int, steps: int, rare: set[str]) -> dict[str, float]:
+    """Median over rounds of the seconds per step; `rare` variants run in every fourth round."""
+    times: dict[str, list[float]] = {name: [] for name in variants}
+    for i in range(rounds):
+        names = [name for name in variants if name not in rare or i % 4 == 0]
+        for name in random.sample(names, len(names)):
+            with variants[name]() as step:
+                for _ in range(3):
+                    step()
+                each = []
+                for _ in range(steps):
+                    start = time.perf_counter()
+                    step()
+                    each.append(time.perf_counter() - start)
+            times[name].append(statistics.median(each))
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def report(name: str, medians: dict[str, float]) -> None:
+    """One table."""
+    print(name)
+    for variant, seconds in medians.items():
+        print(f"  {variant:<28}{1e3 * seconds:9.3f} ms {seconds / medians['bare']:9.4f}x bare")
+
+
+def perceptron() -> torch.nn.Module:
+    """Three layers."""
+    return torch.nn.Sequential(
+        torch.nn.Linear(256, 256), torch.nn.ReLU(), torch.nn.Linear(256, 256), torch.nn.ReLU(), torch.nn.Linear(256, 10)
+    )
+
+
+def main() -> None:
+    """Print the ratios for steps of about 0.5 ms and 5 ms and more, and for a compiled model."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=60, help="rounds per table (default 60)")
+    parser.add_argument("--seed", type=int, default=0, help="order of the variants (default 0)")
+    parser.add_argument("--compile", default="inductor", help="backend of the compiled model; '' for none")
+    options = parser.parse_args()
+    random.seed(options.seed)
+    torch.manual_seed(options.seed)
+    torch.set_num_threads(1)
+    for name, model, batch, steps in (
+        ("perceptron, 96 rows", perceptron(), torch.randn(96, 256), 40),
+        ("transformer d_model 64, 4 x 48 tokens", Transformer(), torch.randint(0, 256, (4, 48)), 12),
+    ):
+        step = training_step(model, batch)
+        variants = {"bare": bare(step), "Meter": metered(step, model), "FlopCounterMode left on": with_mode(step)}
+        lightning = with_lightning(step, model, batch)
+        if lightning is not None:
+            variants["Lightning's Throughput"] = lightning
+        variants["torch.profiler(with_flops)"] = with_profiler(step)
+        rare = set(variants) - {"bare", "Meter"}
+        report(f"{name}: training step", measure(variants, options.rounds, steps, rare))
+    if options.compile:
+        compiled(options)
+
+
+def compiled(options: argparse.Namespace) -> None:
+    """A compiled model, and how often it was compiled."""
+    from torch._dynamo.utils import counters
+
+    model = Transformer()
+    call = torch.compile(model, backend=options.compile)
+    batch = torch.randint(0, 256, (4, 48))
+    step = training_step(call, batch)
+    for _ in range(3):
+        step()
+    graphs = counters["stats"]["unique_graphs"]
+    variants = {"bare": bare(step), "Meter": metered(step, model)}
+    report(f"the transformer compiled ({options.compile}): training step", measure(variants, options.rounds, 12, set()))
+    print(f"  compiled again while metered: {counters['stats']['unique_graphs'] - graphs} graphs")
+
+
+if __name__ == "__main__":
+    main()
