@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import flopprof
 from flopprof.errors import NoPeak, UnknownDevice, UsageError
+from flopprof.hardware import measure as measuring
 from flopprof.hardware.measure import REPETITIONS, measure
 from flopprof.hardware.sweep import Measurement, Timing
 
@@ -161,6 +163,15 @@ def test_the_numbers_are_not_all_alike(monkeypatch: pytest.MonkeyPatch) -> None:
     measure("cpu", "fp32", shapes=[(64, 64, 64)], clock=clock_of(0.1))
     assert all(0.9 < values.std().item() < 1.1 and abs(values.mean().item()) < 0.1 for values in seen[:2])
     assert not torch.equal(seen[0], seen[1])
+
+
+def test_the_float8_that_a_device_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    def named(arch: str) -> str:
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(gcnArchName=arch))
+        return measuring._float8(torch.device("cuda"))
+
+    assert named("gfx942:sramecc+:xnack-") == "float8_e4m3fnuz"
+    assert named("gfx950:sramecc+:xnack-") == named("") == measuring._float8(torch.device("cpu")) == "float8_e4m3fn"
 
 
 @pytest.mark.gpu

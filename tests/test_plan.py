@@ -192,6 +192,18 @@ def test_a_model_without_a_closed_form_has_its_counted_cost() -> None:
     assert "no closed form is known" in found.assumptions[0]
 
 
+def test_a_device_may_be_a_part_or_a_whole_chip() -> None:
+    assert "a device of MI250X GCD is one GCD" in plan(params=B, tokens=T, hardware="MI250X", mfu=0.3).assumptions[0]
+    assert "a device of TPU v4 is one chip" in plan(params=B, tokens=T, hardware="TPU v4", mfu=0.3).assumptions[0]
+
+
+def test_two_stacks_have_no_detailed_form() -> None:
+    shape = {"layers": 2, "encoder_layers": 2, "d_model": 8, "heads": 2, "vocab": 16}
+    found = plan(shape=shape, tokens=T)
+    assert (found.counted_by, found.flops_detailed, found.serving) == ("6nd", None, None)
+    assert found.flops == 6 * (found.params or 0) * T
+
+
 def test_an_encoder_decodes_nothing() -> None:
     assert plan("bert-base", tokens=T).serving is None
     assert plan("t5-base", tokens=T).serving is None

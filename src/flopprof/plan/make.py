@@ -84,6 +84,8 @@ def plan(
     rate = round(peak) if peak is not None else None if table is None else table.flops_per_s
     bytes_per_s = bandwidth if bandwidth is not None else None if table is None else table.bytes_per_s
     assumptions: list[str] = [sizes.assumption] if sizes is not None and sizes.assumption else []
+    if row is not None and row.per != "torch device":
+        assumptions.append(f"a device of {row.name} is one {row.per}")
     known = {name: value for name, value in given.items() if value is not None}
     if rate is not None:
         known["peak_flops_per_s"] = rate

@@ -65,7 +65,7 @@ def of_shape(shape: TransformerShape | Mapping[str, Any], seq: int | None, param
         active=active,
         seq=shape.seq,
         shape=shape,
-        forward_per_token=forward_flops_per_token(shape),
+        forward_per_token=None if shape.encoder_layers else forward_flops_per_token(shape),  # it has one stack
         decodes=not shape.encoder_layers,
     )
 
