@@ -13,9 +13,9 @@ from typer.testing import CliRunner
 
 from flopprof import FlopCounter, Profile, count, load
 from flopprof.cli.main import app
-from flopprof.counting.routing import TOLD, laid_out
+from flopprof.counting.routing import TOLD, checked, laid_out
 from flopprof.errors import FlopprofError, UsageError
-from flopprof.models.routing import checked, read_routing, to_json
+from flopprof.models.routing import read_routing, to_json
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # what other libraries warn of is theirs
 
@@ -159,20 +159,38 @@ def test_models_without_routers_and_real_ones_are_not_told() -> None:
         count(net, x, routing={"*": (1, 2)})
     with pytest.raises(UsageError, match="on meta alone"):
         count(Net(), torch.randn(TOKENS, D), routing={"*": (6, 6, 6, 6)})
-    with pytest.raises(FlopprofError, match="routes no tokens"):
+    with pytest.raises(FlopprofError, match="choose among no experts"):
         to_json(count(nn.Linear(D, D), torch.randn(3, D)))
     with pytest.raises(FlopprofError, match="counted on meta"):
         to_json(on_meta(None))
 
 
-def test_a_router_that_ran_twice_is_not_saved() -> None:
-    block = Block()
+@pytest.mark.parametrize("times", [2, 9])
+def test_the_choices_of_a_router_that_runs_again_are_told_apart(times: int) -> None:
+    class Again(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block = Block()
 
-    def twice(x: torch.Tensor) -> torch.Tensor:
-        return block(block(x))
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for _ in range(times):
+                x = self.block(x) * -2
+            return x
 
-    with pytest.raises(FlopprofError, match="routed 2 times"):
-        to_json(count(twice, torch.randn(TOKENS, D)))
+    torch.manual_seed(3)
+    ran = count(Again(), torch.randn(TOKENS, D), backward=True)
+    (row,) = ran.routing
+    assert (row.calls, sum(row.tokens)) == (times, times * K * TOKENS)
+    if times > 8:
+        with pytest.raises(FlopprofError, match="chose 9 times"):
+            to_json(ran)
+        return
+    assert len(set(row.each)) == times
+    with torch.device("meta"):
+        again, x = Again(), torch.empty(TOKENS, D)
+    told = count(again, x, routing=json.loads(to_json(ran)), backward=True)
+    for phase in ("forward", "backward"):
+        assert told.by_module(phase) == ran.by_module(phase)
 
 
 @pytest.mark.parametrize(
@@ -187,6 +205,8 @@ def test_a_router_that_ran_twice_is_not_saved() -> None:
         ('{"a": [1, 2.5]}', "gives expert 1 2.5 tokens"),
         ('{"a": [1, true]}', "gives expert 1 True tokens"),
         ('{"a": [1, "2"]}', "gives expert 1 2 tokens"),
+        ('{"a": [[1, 2], [3]]}', "takes a list"),
+        ('{"a": [[1, 2], 3]}', "takes a list"),
         ("[" * 100_000, "is not JSON"),
         (" " * 10_000_001, "more than 10,000,000 bytes"),
     ],
@@ -219,6 +239,14 @@ MODELS: dict[str, dict[str, Any]] = {
         "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8,
         "first_k_dense_replace": 1,
     },
+    "SwitchTransformers": {
+        "d_kv": 8, "d_ff": 48, "num_decoder_layers": 2, "num_experts": 4, "expert_capacity": 64,
+        "num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1,
+    },
+    "NllbMoe": {
+        "encoder_layers": 2, "decoder_layers": 2, "decoder_attention_heads": 4, "encoder_ffn_dim": 48,
+        "decoder_ffn_dim": 48, "num_experts": 4, "encoder_sparse_step": 2, "decoder_sparse_step": 2,
+    },
     "JetMoe": {"num_local_experts": 4, "kv_channels": 8},  # queries are routed too
 }  # fmt: skip
 
@@ -241,12 +269,14 @@ def test_experts_may_have_company_in_their_container() -> None:
 def test_told_what_a_transformers_model_did_meta_counts_it(kind: str, tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     config = getattr(transformers, f"{kind}Config")(**{**SMALL, **MODELS[kind]})
-    facts = {**config.to_dict(), "architectures": [f"{kind}ForCausalLM"], "dtype": "float32"}
+    task = "ForConditionalGeneration" if kind in ("SwitchTransformers", "NllbMoe") else "ForCausalLM"
+    facts = {**config.to_dict(), "architectures": [kind + task], "dtype": "float32"}
     (tmp_path / "config.json").write_text(json.dumps(facts))
     ran = load(str(tmp_path), seq=SEQ, device="cpu").count(backward=True)
     routers = {"DeepseekV3": 1, "JetMoe": 4}.get(kind, 2)
-    assert [sum(row.tokens) for row in ran.routing] == [2 * SEQ] * routers
-    again = load(str(tmp_path), seq=SEQ, routing={row.fqn: row.tokens for row in ran.routing}).count(backward=True)
+    width = 1 if kind == "SwitchTransformers" else 2
+    assert [sum(row.tokens) for row in ran.routing] == [width * SEQ] * routers
+    again = load(str(tmp_path), seq=SEQ, routing=json.loads(to_json(ran)), device="meta").count(backward=True)
     for phase in ("forward", "backward"):
         assert again.by_module(phase) == ran.by_module(phase)
 

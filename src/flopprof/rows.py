@@ -90,11 +90,15 @@ class UncountedRow(msgspec.Struct, frozen=True, kw_only=True, gc=False):
 
 
 class RoutingRow(msgspec.Struct, frozen=True, kw_only=True, gc=False):
-    """Tokens that a router sent to each expert, over all its calls; fqn: the module that chose."""
+    """Tokens that a router sent to each expert, over all its choices; fqn: the module that chose.
+
+    each: of every choice, where there were a few.
+    """
 
     fqn: str
     tokens: tuple[int, ...]
     calls: int
+    each: tuple[tuple[int, ...], ...] = ()
 
     @property
     def load(self) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
@@ -17,7 +17,7 @@ from flopprof.counting.folding import folded
 from flopprof.counting.guesses import named
 from flopprof.counting.preserve import modules_within, preserved
 from flopprof.counting.questions import failures
-from flopprof.counting.routing import Told
+from flopprof.counting.routing import Told, checked
 from flopprof.counting.runtime import FlopCounter
 from flopprof.counting.values import carried, moved, needs_values, on_meta
 from flopprof.errors import UsageError
@@ -36,7 +36,7 @@ def count(  # noqa: PLR0915 - how a run is tried again, beside what each try is
     attention: Attention = "full",
     lines: bool = False,
     fold: bool | None = None,
-    routing: Mapping[str, tuple[int, ...]] | None = None,
+    routing: Mapping[str, Sequence[Any]] | None = None,
     **kwargs: Any,
 ) -> Profile:
     """FLOPs of `model(*args, **kwargs)`: per operator, module and phase; one multiply-add is 2.
@@ -64,7 +64,7 @@ def count(  # noqa: PLR0915 - how a run is tried again, beside what each try is
     module = model if isinstance(model, torch.nn.Module) else None
     backward = backward or loss is not None or optimizer is not None
     meta = on_meta(model, args, kwargs)
-    told = None if routing is None else Told(routing)
+    told = None if routing is None else Told(checked(routing, "routing"))
     if told is not None and not meta:
         raise UsageError("routing is told on meta alone: elsewhere the model itself chooses its experts.")
     mixed = on_meta(None, args, kwargs)  # then a CPU tensor is the caller's choice: packed lengths must be one

@@ -22,8 +22,10 @@ if TYPE_CHECKING:
 
 MOST_EXPERTS = 1024  # routers choose among few: a choice among more (a vocabulary, anchors) is none of theirs
 TOLD = "the choice of the largest scores is taken to send each expert the tokens that the given routing says"
+Routing = Mapping[str, tuple[tuple[int, ...], ...]]  # by pattern, the tokens for each expert of each choice in turn
 _DEPTH = 2  # of experts below the module that holds the router
 _NAMED = 3
+_MOST_APART = 8  # choices of one router that are told apart: some choose twice in a forward
 
 
 # --- what was seen --------------------------------------------------------------------------------
@@ -31,7 +33,7 @@ class Seen:
     """Tokens for each expert, by the module that chose, added up over calls."""
 
     def __init__(self) -> None:
-        self._found: dict[tuple[str, int], tuple[torch.Tensor, list[int]]] = {}
+        self._found: dict[tuple[str, int], _Choices] = {}
         self._routers: dict[tuple[str, int], bool] = {}
 
     def note(self, frames: Mapping[str, Frame], frame: Frame, base: str, args: Any, out: Any) -> None:
@@ -51,20 +53,36 @@ class Seen:
         if not self._routers[key]:
             return
         with aside():
-            tokens, calls = self._found.setdefault(
-                key, (torch.zeros(experts, dtype=torch.int64, device=chosen.device), [0])
-            )
             index = chosen.reshape(-1)
+            tokens = torch.zeros(experts, dtype=torch.int64, device=chosen.device)
             tokens.scatter_add_(0, index, torch.ones_like(index))
-        calls[0] += 1
+            found = self._found.setdefault(key, _Choices(torch.zeros_like(tokens)))
+            found.total += tokens
+        found.calls += 1
+        if found.calls <= _MOST_APART:
+            found.each.append(tokens)
 
     def rows(self) -> tuple[RoutingRow, ...]:
         """One row a router, in the order in which they ran."""
         with aside():
             return tuple(
-                RoutingRow(fqn=fqn, tokens=tuple(tokens.tolist()), calls=calls)
-                for (fqn, _experts), (tokens, (calls,)) in self._found.items()
+                RoutingRow(
+                    fqn=fqn,
+                    tokens=tuple(found.total.tolist()),
+                    calls=found.calls,
+                    each=tuple(tuple(tokens.tolist()) for tokens in found.each)
+                    if 1 < found.calls <= _MOST_APART
+                    else (),
+                )
+                for (fqn, _experts), found in self._found.items()
             )
+
+
+class _Choices:
+    """Of one router: tokens of all its choices, and of the first few each."""
+
+    def __init__(self, total: torch.Tensor) -> None:
+        self.total, self.calls, self.each = total, 0, list[torch.Tensor]()
 
 
 def _routes(frames: Mapping[str, Frame], fqn: str, experts: int) -> bool:
@@ -111,10 +129,14 @@ def _holds(module: nn.Module, experts: int) -> bool:
 
 # --- what is told ---------------------------------------------------------------------------------
 class Told:
-    """Tokens for each expert, by patterns of the choosing module or of one around it; the first that fits holds."""
+    """Tokens for each expert, by patterns of the choosing module or of one around it; the first that fits holds.
 
-    def __init__(self, given: Mapping[str, tuple[int, ...]]) -> None:
+    Where a list holds lists, they are those of the module's choices in turn, over and over.
+    """
+
+    def __init__(self, given: Routing) -> None:
         self._given = given
+        self._turns: dict[str, int] = {}  # choices made so far, by module
         self._met: dict[str, str] = {}  # pattern -> why it could not be followed; "" where it was
         self._choosing: dict[str, int] = {}  # experts, by the modules that chose among some
 
@@ -124,7 +146,9 @@ class Told:
         pattern = next((pattern for pattern in self._given if _fits(pattern, fqn)), None)
         if pattern is None:
             return None
-        tokens = self._given[pattern]
+        shares = self._given[pattern]
+        turn = self._turns[fqn] = self._turns.get(fqn, -1) + 1
+        tokens = shares[turn % len(shares)]
         problem = ""
         if len(tokens) != experts:
             problem = f"it lists {len(tokens)} experts, and {fqn or 'the model'} chooses among {experts}"
@@ -156,6 +180,29 @@ class Told:
                     else "nothing in this run chooses among experts"
                 )
             raise UsageError(f"the routing of {pattern!r} cannot be followed: {problem}.")
+
+
+def checked(given: Any, where: str) -> Routing:
+    """The routing, its numbers counts. Raises UsageError, naming the key."""
+    if not isinstance(given, Mapping) or not given:
+        raise UsageError(f'{where} holds no routing: write {{"model.layers.*.mlp": [8, 8, 8, 8]}}.')
+    found = {}
+    for key, tokens in given.items():
+        if not isinstance(key, str):
+            raise UsageError(f"{where}: {key!r} is no pattern of modules.")
+        shares = tokens if _is_list(tokens) and tokens and _is_list(tokens[0]) else [tokens]
+        for share in shares:
+            if not _is_list(share) or len(share) < 2:
+                raise UsageError(f"{where}: {key!r} takes a list of the tokens that each expert gets.")
+            for expert, number in enumerate(share):
+                if type(number) is not int or not 0 <= number < 2**62:
+                    raise UsageError(f"{where}: {key!r} gives expert {expert} {str(number)[:40]} tokens.")
+        found[key] = tuple(tuple(share) for share in shares)
+    return found
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, list | tuple)
 
 
 def _fits(pattern: str, fqn: str) -> bool:

@@ -3,17 +3,16 @@
     {"model.layers.0.mlp": [17, 3, 0, 12], "model.layers.*.mlp": [8, 8, 8, 8]}
 
 A key is a glob over the module that routes, or one around it; of several that fit, the first holds. Its numbers are
-the tokens that each expert gets in one forward.
+the tokens that each expert gets in one forward; of a router that chooses several times in it, a list of such lists.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
+from flopprof.counting.routing import Routing, checked
 from flopprof.errors import FlopprofError, UsageError
 from flopprof.models.inputs import first_line
 from flopprof.models.workload import Workload
@@ -22,7 +21,7 @@ from flopprof.profile import Profile
 _MOST_BYTES = 10_000_000
 
 
-def routed(workload: Workload, given: Mapping[str, tuple[int, ...]]) -> Workload:
+def routed(workload: Workload, given: Routing) -> Workload:
     """The workload with its routers told. Raises UsageError off meta, where the model itself chooses."""
     if workload.device != "meta":
         raise UsageError(
@@ -33,7 +32,7 @@ def routed(workload: Workload, given: Mapping[str, tuple[int, ...]]) -> Workload
     return replace(workload, routing=given)
 
 
-def read_routing(path: str) -> dict[str, tuple[int, ...]]:
+def read_routing(path: str) -> Routing:
     """The routing that a file holds. Raises UsageError."""
     file = Path(path)
     try:
@@ -49,32 +48,20 @@ def read_routing(path: str) -> dict[str, tuple[int, ...]]:
     return checked(given, path)
 
 
-def checked(given: Any, where: str) -> dict[str, tuple[int, ...]]:
-    """The routing, its numbers counts. Raises UsageError, naming the key."""
-    if not isinstance(given, Mapping) or not given:
-        raise UsageError(f'{where} holds no routing: write {{"model.layers.*.mlp": [8, 8, 8, 8]}}.')
-    found = {}
-    for key, tokens in given.items():
-        if not isinstance(key, str):
-            raise UsageError(f"{where}: {key!r} is no pattern of modules.")
-        if not isinstance(tokens, list | tuple) or len(tokens) < 2:
-            raise UsageError(f"{where}: {key!r} takes a list of the tokens that each expert gets.")
-        for expert, number in enumerate(tokens):
-            if type(number) is not int or not 0 <= number < 2**62:
-                raise UsageError(f"{where}: {key!r} gives expert {expert} {str(number)[:40]} tokens.")
-        found[key] = tuple(tokens)
-    return found
-
-
 def to_json(profile: Profile) -> str:
     """What the routers of a run did, for `read_routing`. Raises FlopprofError where that is not known."""
     if not profile.routing:
-        why = "was counted on meta, where nothing is chosen" if profile.device == "meta" else "routes no tokens"
+        seen = "was seen to choose among no experts, by topk or argmax"
+        why = "was counted on meta, where nothing is chosen" if profile.device == "meta" else seen
+            "was counted on meta, where nothing is chosen"
+            if profile.device == "meta"
+            else "was seen to choose among no experts, by topk or argmax"
+        )
         raise FlopprofError(f"no routing to save: {profile.target or 'the model'} {why}.")
     for row in profile.routing:
-        if row.calls != 1:
+        if row.calls != 1 and not row.each:
             raise FlopprofError(
-                f"no routing to save: {row.fqn} routed {row.calls} times, and a file tells of one forward."
+                f"no routing to save: {row.fqn} chose {row.calls} times, and a file tells of one forward."
             )
-    lines = [f"  {json.dumps(row.fqn)}: {json.dumps(list(row.tokens))}" for row in profile.routing]
+    lines = [f"  {json.dumps(row.fqn)}: {json.dumps(row.each or row.tokens)}" for row in profile.routing]
     return "{\n" + ",\n".join(lines) + "\n}\n"

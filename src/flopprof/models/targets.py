@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 
+from flopprof.counting.routing import checked
 from flopprof.errors import UnknownTarget, UsageError
 from flopprof.models import catalogue, exported, huggingface, pyfile, timm, vision
 from flopprof.models.adapters import parse_lora
 from flopprof.models.inputs import parse_dtype, parse_input
 from flopprof.models.request import Attn, Request
-from flopprof.models.routing import checked, read_routing, routed
+from flopprof.models.routing import read_routing, routed
 from flopprof.models.variants import Checkpointing, Variants, varied
 from flopprof.models.workload import Workload
 
@@ -38,7 +40,7 @@ def load(
     lora: str | None = None,
     frozen: Sequence[str] = (),
     checkpointing: Checkpointing | None = None,
-    routing: str | Mapping[str, Sequence[int]] | None = None,
+    routing: str | Mapping[str, Sequence[Any]] | None = None,
 ) -> Workload:
     """The workload that `target` names.
 

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from flopprof.counting.count import count as count_model
+from flopprof.counting.routing import Routing
 from flopprof.counting.values import needs_values
 from flopprof.errors import FlopprofError, ModelFailed, UsageError, ValuesUnknown
 from flopprof.models.checkpoint import Checkpoint
@@ -53,7 +54,7 @@ class Workload:
     checkpoint: Checkpoint | None = None
     quantised: Quantised | None = None
     program: torch.export.ExportedProgram | None = field(default=None, repr=False, compare=False)
-    routing: Mapping[str, tuple[int, ...]] | None = None
+    routing: Routing | None = None
     on_cpu: Callable[[], Workload] | None = field(default=None, repr=False, compare=False)
 
     def describe(self) -> str:
