@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from rich.console import Group, RenderableType
 from rich.text import Text
@@ -11,10 +12,11 @@ from rich.text import Text
 from flopprof.compare.comparison import Comparison, Row
 from flopprof.report.facts import Facts
 from flopprof.report.grid import Column, Grid
-from flopprof.units import common_step, format_fixed, unit_name
+from flopprof.units import common_step, format_fixed, format_si, unit_name
 
 UNKNOWN = "n/a"
 _NAMED = 4
+_DIGITS = 4
 _TIMES = ((1.0, "s"), (1e-3, "ms"), (1e-6, "us"))
 _SIZES = (("stored", "Stored"), ("float32", "fp32"), ("bfloat16", "bf16"), ("int8", "int8"), ("int4", "int4"))
 
@@ -91,10 +93,15 @@ def _memory(comparison: Comparison, rows: Sequence[Row]) -> Iterator[_Figure]:
     yield _counts("Activations", "B", [None if memory is None else memory.activations for memory in held])
     yield _counts("Peak", "B", [None if memory is None else memory.peak for memory in held])
     yield _ratios(comparison, "memory", rows)
+    apart = _far_apart(size for row in rows for size in row.size_bytes.values())
     step = common_step(size for row in rows for size in row.size_bytes.values())
+    spell: Callable[[int], str] = partial(format_fixed, step=step)
+    if apart:
+        spell = partial(format_si, unit="B", digits=_DIGITS)
     for key, head in _SIZES:
-        cells = [format_fixed(row.size_bytes[key], step) if key in row.size_bytes else UNKNOWN for row in rows]
-        yield _Figure(Column(f"{head}\n{unit_name(step, 'B')}", optional=key == "float32"), cells)
+        cells = [spell(row.size_bytes[key]) if key in row.size_bytes else UNKNOWN for row in rows]
+        shown = head if apart else f"{head}\n{unit_name(step, 'B')}"
+        yield _Figure(Column(shown, optional=key == "float32"), cells)
 
 
 def _time(comparison: Comparison, rows: Sequence[Row]) -> Iterator[_Figure]:
@@ -117,14 +124,21 @@ def _time(comparison: Comparison, rows: Sequence[Row]) -> Iterator[_Figure]:
 def _counts(
     head: str, unit: str, values: Sequence[int | None], bounds: Sequence[str] = (), *, optional: bool = False
 ) -> _Figure:
-    """A column of integers in one unit; `bounds`: what stands before each."""
-    step = common_step(value for value in values if value is not None)
+    """A column of integers in one unit, or each in its own where they lie too far apart; `bounds`: before each."""
     signs = bounds or [""] * len(values)
-    cells = [
-        UNKNOWN if value is None else sign + format_fixed(value, step)
-        for sign, value in zip(signs, values, strict=True)
-    ]
+    found = [value for value in values if value is not None]
+    step = common_step(found)
+    spell: Callable[[int], str] = partial(format_fixed, step=step)
+    if _far_apart(found):
+        spell, unit, step = partial(format_si, unit=unit, digits=_DIGITS), "", 0
+    cells = [UNKNOWN if value is None else sign + spell(value) for sign, value in zip(signs, values, strict=True)]
     return _Figure(Column(f"{head}\n{unit_name(step, unit)}".rstrip(), optional=optional), cells)
+
+
+def _far_apart(values: Iterable[int]) -> bool:
+    """Whether the least of them would keep fewer than three digits in the unit of the largest."""
+    found = [abs(value) for value in values if value]
+    return bool(found) and 10 * min(found) < 1000 ** common_step(found)
 
 
 def _ratios(comparison: Comparison, figure: str, rows: Sequence[Row]) -> _Figure:
@@ -219,14 +233,19 @@ def _modes(rows: Sequence[Row]) -> Iterator[tuple[str, str]]:
 
 
 def _accuracies(comparison: Comparison, rows: Sequence[Row]) -> Iterator[tuple[str, str]]:
-    kinds = _by_value(
-        rows, lambda row: [] if row.accuracy is None else [f"{row.accuracy.metric} on {row.accuracy.dataset}"]
-    )
+    kinds = _by_value(rows, _measure)
     for number, (kind, names) in enumerate(kinds.items()):
         of = f": {_names(names)}" if len(kinds) > 1 else ""
         yield "" if number else "accuracy", f"{kind}, which torchvision publishes with its default weights{of}"
     if kinds and comparison.pareto():
         yield "*", "Pareto front: no other here is as accurate for fewer FLOPs a sample, or more so for as few"
+
+
+def _measure(row: Row) -> list[str]:
+    if row.accuracy is None:
+        return []
+    unit = "px" if row.accuracy.metric.endswith("epe") else "%"
+    return [f"{row.accuracy.metric} in {unit} on {row.accuracy.dataset}"]
 
 
 def _remarks(rows: Sequence[Row]) -> Iterator[tuple[str, str]]:
