@@ -53,10 +53,6 @@ def to_json(profile: Profile) -> str:
     if not profile.routing:
         seen = "was seen to choose among no experts, by topk or argmax"
         why = "was counted on meta, where nothing is chosen" if profile.device == "meta" else seen
-            "was counted on meta, where nothing is chosen"
-            if profile.device == "meta"
-            else "was seen to choose among no experts, by topk or argmax"
-        )
         raise FlopprofError(f"no routing to save: {profile.target or 'the model'} {why}.")
     for row in profile.routing:
         if row.calls != 1 and not row.each:
