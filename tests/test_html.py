@@ -20,6 +20,7 @@ from flopprof.report.html import page as frame
 from flopprof.report.html.modules import modules_data
 from flopprof.report.html.page import Section, as_json, page, plot_text
 from flopprof.report.html.profile import render, render_reconciled
+from flopprof.report.tree import module_tree
 from html_pages import BATCH, HOSTILE, INSIDE, OUTSIDE, Page, hostile, rebuilt, synthetic, with_hole
 
 MLP = f"{Path(__file__).parent / 'sample_models' / 'nets.py'}:Mlp"
@@ -58,7 +59,7 @@ def test_totals_are_the_exact_integers() -> None:
 def test_own_counts_add_up_to_the_totals_of_every_module() -> None:
     """What the script does: own counts summed from the leaves up give by_module of each phase."""
     profile = synthetic(400)
-    columns = modules_data(profile)
+    columns = modules_data(profile, module_tree(profile))
     parents = columns["parents"]
     assert all(parent < i for i, parent in enumerate(parents))
     names: list[str] = []
@@ -74,7 +75,7 @@ def test_own_counts_add_up_to_the_totals_of_every_module() -> None:
 def test_folded_nodes_hold_every_module_once() -> None:
     """A block that is repeated is one node, times its repeats; nothing is lost or doubled."""
     profile = Profile.from_json(run("count", f"{MLP.replace('Mlp', 'Stack')}", "--input", "1x8", "--json", "-").stdout)
-    columns = modules_data(profile)
+    columns = modules_data(profile, module_tree(profile))
     times: list[int] = []
     own = 0
     for parent, module, repeats, _label in columns["folded"]:

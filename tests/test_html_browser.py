@@ -30,10 +30,7 @@ from html_pages import HOSTILE, LARGE, NAME, SMALL, compared, hostile, records, 
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 DRIVER = shutil.which("chromedriver")
-pytestmark = [
-    pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="needs chromium and chromedriver"),
-    pytest.mark.xdist_group("browser"),
-]
+pytestmark = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="needs chromium and chromedriver")
 BLOCKS, LAYERS = 2, 24
 PROFILE = synthetic(51)  # the root, and two blocks of 24 layers
 
@@ -43,6 +40,7 @@ class Browser:
 
     def __init__(self, driver: Chrome, folder: Path) -> None:
         self.driver, self.folder = driver, folder
+        self.shown: Profile | str | None = None
 
     def open(self, page: Profile | str, *, wait: bool = True) -> None:
         file = self.folder / "page.html"
@@ -50,6 +48,7 @@ class Browser:
         self.driver.get_log("browser")
         self.driver.get_log("performance")
         self.driver.get(file.as_uri())
+        self.shown = page
         if wait:
             self.until("return document.documentElement.dataset.charts === 'drawn'")
 
@@ -103,7 +102,15 @@ def browser(started: Browser) -> Iterator[Browser]:
 
 @pytest.fixture
 def opened(browser: Browser) -> Browser:
-    browser.open(PROFILE)
+    """The page of PROFILE as it is at first; the same one for several tests, because plotly takes a second to run."""
+    if browser.shown is PROFILE:
+        browser.js(
+            "for (const id of ['shape', 'size']) document.getElementById(id).selectedIndex = 0;"
+            "document.getElementById('folded').checked = true;"
+            "document.getElementById('folded').dispatchEvent(new Event('change'));"
+        )
+    else:
+        browser.open(PROFILE)
     return browser
 
 
@@ -111,7 +118,7 @@ def opened(browser: Browser) -> Browser:
 def bare(browser: Browser, monkeypatch: pytest.MonkeyPatch) -> Browser:
     """A page whose charts stay empty, for what needs none: plotly takes a second to run."""
     monkeypatch.setattr(frame, "plotly_js", lambda: "")
-    browser.open(PROFILE)
+    browser.open(render(PROFILE))
     return browser
 
 
@@ -164,6 +171,22 @@ def test_a_lower_bound_is_marked(bare: Browser) -> None:
     above = ancestors(profile.modules[-1].fqn)[:-1]  # without the root, which shows the target's name
     assert marked == [profile.target, *reversed(above)]
     assert "≥" in bare.find("#children-title").text
+
+
+# --- the roofline ----------------------------------------------------------------------------------
+def test_points_lie_under_the_roof_of_the_device_chosen(opened: Browser) -> None:
+    for name in ("A100", "H100"):
+        row = device(name)
+        assert row.bytes_per_s is not None
+        Select(opened.find("#device")).select_by_value(row.id)
+        assert opened.find("#bound").text.startswith(row.name)
+        traces = opened.js("return document.getElementById('roofline-chart').data")
+        points = [(x, y) for trace in traces if trace["mode"] == "markers" for x, y in zip(trace["x"], trace["y"])]
+        assert len(points) == len(PROFILE.operators)
+        for intensity, rate in points:
+            assert rate == pytest.approx(min(row.peaks["bfloat16"], intensity * row.bytes_per_s))
+        roof = next(trace for trace in traces if trace["mode"] == "lines")
+        assert max(roof["y"]) == row.peaks["bfloat16"]
 
 
 # --- the way down ----------------------------------------------------------------------------------
@@ -236,6 +259,13 @@ def test_identical_blocks_fold(bare: Browser) -> None:
     assert bare.all("#children .name") == ["0", "1", "2", "3", "4", "5"]
 
 
+def test_a_model_without_flops_is_shown(bare: Browser) -> None:
+    """Nothing is counted, one operator has no formula: at least 0 FLOPs, and no error."""
+    bare.open(with_hole(Profile(modules=synthetic(3).modules)))
+    assert "≥ 0 FLOPs" in bare.find("#children-title").text
+    assert bare.all("#children .note") == ["0 FLOPs in encoder.stages.0.blocks.0"]
+
+
 # --- the table -------------------------------------------------------------------------------------
 def head(browser: Browser, name: str) -> Any:
     return browser.find(f"#listing thead th:nth-child({browser.all('#listing thead button').index(name) + 1}) button")
@@ -293,22 +323,6 @@ def test_rows_come_when_they_are_asked_for(bare: Browser) -> None:
     assert not more.is_displayed()
 
 
-# --- the roofline ----------------------------------------------------------------------------------
-def test_points_lie_under_the_roof_of_the_device_chosen(opened: Browser) -> None:
-    for name in ("A100", "H100"):
-        row = device(name)
-        assert row.bytes_per_s is not None
-        Select(opened.find("#device")).select_by_value(row.id)
-        assert opened.find("#bound").text.startswith(row.name)
-        traces = opened.js("return document.getElementById('roofline-chart').data")
-        points = [(x, y) for trace in traces if trace["mode"] == "markers" for x, y in zip(trace["x"], trace["y"])]
-        assert len(points) == len(PROFILE.operators)
-        for intensity, rate in points:
-            assert rate == pytest.approx(min(row.peaks["bfloat16"], intensity * row.bytes_per_s))
-        roof = next(trace for trace in traces if trace["mode"] == "lines")
-        assert max(roof["y"]) == row.peaks["bfloat16"]
-
-
 # --- comparisons, runs and plans -------------------------------------------------------------------
 def test_models_are_points_and_rows(browser: Browser) -> None:
     browser.open(comparison.render(compared()))
@@ -346,7 +360,7 @@ def paper(browser: Browser) -> str:
 
 def test_light_and_dark(browser: Browser) -> None:
     browser.tell("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": "dark"}])
-    browser.open(PROFILE)
+    browser.open(render(PROFILE))
     chart = "return document.querySelector('#operators-chart .main-svg').style.background"
     dark, dark_chart = paper(browser), browser.js(chart)
     browser.find("#theme").send_keys(Keys.ENTER)
@@ -366,7 +380,7 @@ def test_a_phone_scrolls_no_page_sideways(browser: Browser) -> None:
 
 def test_paper_is_white_and_holds_the_charts(browser: Browser) -> None:
     browser.tell("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": "dark"}])
-    browser.open(PROFILE)
+    browser.open(render(PROFILE))
     before = paper(browser)
     browser.js(
         "window.addEventListener('beforeprint', () => { window.printed = ["
@@ -385,7 +399,7 @@ def test_paper_is_white_and_holds_the_charts(browser: Browser) -> None:
 
 def test_without_scripts_the_tables_are_there(bare: Browser) -> None:
     bare.tell("Emulation.setScriptExecutionDisabled", value=True)
-    bare.open(PROFILE, wait=False)
+    bare.open(render(PROFILE), wait=False)
     shown = bare.find("main").text
     bare.tell("Emulation.setScriptExecutionDisabled", value=False)
     for name in ("encoder.stages.0.blocks.0", "self_attention.projection_1"):

@@ -24,11 +24,12 @@ def phases_of(profile: Profile) -> list[int]:
 
 def chart(profile: Profile) -> Section:
     """The icicle (or treemap) of FLOPs by module; a click goes down, buttons beside it do the same by keyboard."""
+    tree, phases = module_tree(profile), phases_of(profile)
     options = "".join(
         f'<option value="{key}">{escape(label)}</option>'
         for key, label in (
             ("all", "FLOPs, all phases"),
-            *((PHASES[i], f"FLOPs, {PHASES[i]}") for i in phases_of(profile) if len(phases_of(profile)) > 1),
+            *((PHASES[i], f"FLOPs, {PHASES[i]}") for i in phases if len(phases) > 1),
             *((("elementwise", "elementwise FLOPs"),) if profile.elementwise_flops else ()),
             *((("parameters", "parameters"),) if profile.n_params else ()),
         )
@@ -43,13 +44,13 @@ def chart(profile: Profile) -> Section:
         + '<ul class="classes scripted-only" id="classes" aria-label="Colours: classes of modules"></ul>'
         '<h3 class="scripted-only" id="children-title">Inside</h3>'
         '<ul class="children scripted-only" id="children" aria-labelledby="children-title"></ul>'
-        f"<noscript>{_static(profile)}</noscript>"
+        f"<noscript>{_static(profile, tree)}</noscript>"
     )
     return Section(
         anchor="modules",
         title="FLOPs by module",
         body=body,
-        data={"modules": modules_data(profile)},
+        data={"modules": modules_data(profile, tree)},
         scripts=("modules",),
     )
 
@@ -66,27 +67,28 @@ def listing(profile: Profile) -> Section:
     return Section(anchor="table", title="All modules", body=body, scripts=("table", "listing"))
 
 
-def modules_data(profile: Profile) -> dict[str, Any]:
+def modules_data(profile: Profile, tree: Node) -> dict[str, Any]:
     """Every module in columns, parents before children: names, parents (positions), own FLOPs by phase and so on.
 
-    folded: the same tree with identical repeated siblings as one node: [parent node, module, repeats, label] each;
-    no label: the module's name.
+    tree: module_tree(profile). `folded` is that tree, in which identical repeated siblings are one node: [parent node,
+    module, repeats, label] each; no label: the module's name.
     """
     names = _ordered(profile)
     place = {fqn: i for i, fqn in enumerate(names)}
     rows = {row.fqn: row for row in profile.modules}
     classes = list(dict.fromkeys(row.cls for row in profile.modules))
     position = {cls: i for i, cls in enumerate(classes)}
-    own = [profile.by_module(PHASES[i], own=True) for i in phases_of(profile)]
+    phases = phases_of(profile)
+    own = [profile.by_module(PHASES[i], own=True) for i in phases]
     elementwise = profile.elementwise_by_module(own=True)
     holes = [
         sorted({place[name] for row in profile.uncounted_rows if row.phase == PHASES[i] for name in ancestors(row.fqn)})
-        for i in phases_of(profile)
+        for i in phases
     ]
     ran = [rows.get(fqn) for fqn in names]
     return {
         "root": profile.target or (rows[""].cls if "" in rows else "") or "(all)",
-        "phases": [PHASES[i] for i in phases_of(profile)],
+        "phases": [PHASES[i] for i in phases],
         "classes": classes,
         "parents": [-1, *(place[ancestors(fqn)[1]] for fqn in names[1:])],
         "names": [fqn.rpartition(".")[2] for fqn in names],
@@ -98,7 +100,7 @@ def modules_data(profile: Profile) -> dict[str, Any]:
         "flops": [[table.get(fqn, 0) for fqn in names] for table in own],
         "elementwise": [elementwise.get(fqn, 0) for fqn in names],
         "uncounted": holes,
-        "folded": list(_folded(module_tree(profile), place)),
+        "folded": list(_folded(tree, place)),
     }
 
 
@@ -130,9 +132,8 @@ def _folded(root: Node, place: dict[str, int]) -> Iterator[tuple[int, int, int, 
 
 
 # --- without scripts -------------------------------------------------------------------------------
-def _static(profile: Profile) -> str:
+def _static(profile: Profile, root: Node) -> str:
     """The folded tree as a table, down to a few levels."""
-    root = module_tree(profile)
     phases = phases_of(profile)
     rows: list[list[str]] = []
     left_out = 0

@@ -44,6 +44,7 @@ def page(title: str, lead: str, sections: Sequence[Section]) -> str:
         f'<h2 id="{part.anchor}-title">{escape(part.title)}</h2>{part.body}</section>'
         for part in sections
     )
+    below = f'<p class="lead">{escape(lead)}</p>' if lead else ""
     data: dict[str, Any] = {"figures": {name: value for part in sections for name, value in part.figures.items()}}
     for part in sections:
         data |= part.data
@@ -56,7 +57,7 @@ def page(title: str, lead: str, sections: Sequence[Section]) -> str:
         '<meta name="color-scheme" content="light dark">\n<meta name="generator" content="flopprof">\n'
         f'<link rel="icon" href="data:,">\n<title>{escape(title)}</title>\n<style>\n{asset("page.css")}</style>\n'
         '<script>document.documentElement.classList.add("scripted")</script>\n</head>\n<body>\n'
-        f'<header><div><h1>{escape(title)}</h1><p class="lead">{escape(lead)}</p></div>'
+        f"<header><div><h1>{escape(title)}</h1>{below}</div>"
         '<button type="button" id="theme" class="scripted-only" aria-pressed="false">Dark</button></header>\n'
         f'<nav aria-label="Parts of this page"><ul>{links}</ul></nav>\n<main>\n{bodies}\n</main>\n'
         "<footer><p>Made by flopprof. One multiply-add is 2 FLOPs.</p></footer>\n"

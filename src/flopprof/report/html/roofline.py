@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from flopprof.hardware.table import Device, devices
@@ -25,8 +25,9 @@ def section(profile: Profile, hardware: Device | None = None) -> Iterator[Sectio
     points = _points(profile)
     if not points:
         return
-    roofs = [device for device in devices() if _fits(device, profile)]
-    shown = hardware if hardware is not None and _fits(hardware, profile) else None
+    dtypes = list(profile.by_dtype())
+    roofs = [device for device in devices() if _fits(device, dtypes)]
+    shown = hardware if hardware is not None and _fits(hardware, dtypes) else None
     example = shown or next((device for device in roofs if device.id == _EXAMPLE), roofs[0] if roofs else None)
     options = "".join(
         f'<option value="{escape(device.id)}"{" selected" if device is example else ""}>{escape(device.name)}</option>'
@@ -58,7 +59,7 @@ def section(profile: Profile, hardware: Device | None = None) -> Iterator[Sectio
                 "name": device.name,
                 "bytes_per_s": device.bytes_per_s,
                 "peaks": dict(device.peaks),
-                "columns": {dtype: device.column(dtype) for dtype in profile.by_dtype() if device.has(dtype)},
+                "columns": {dtype: device.column(dtype) for dtype in dtypes if device.has(dtype)},
                 "per": device.per,
                 "date": device.date,
             }
@@ -68,8 +69,8 @@ def section(profile: Profile, hardware: Device | None = None) -> Iterator[Sectio
     yield Section(anchor="roofline", title="Roofline", body=body, data={"roofline": data}, scripts=("roofline",))
 
 
-def _fits(device: Device, profile: Profile) -> bool:
-    return device.bytes_per_s is not None and any(device.has(dtype) for dtype in profile.by_dtype())
+def _fits(device: Device, dtypes: Sequence[str]) -> bool:
+    return device.bytes_per_s is not None and any(device.has(dtype) for dtype in dtypes)
 
 
 def _points(profile: Profile) -> list[dict[str, Any]]:

@@ -7,6 +7,7 @@ const shown = { at: 0 };
 // Columns become modules; totals are summed up, children before parents (parents come first in the file).
 function readModules(columns) {
   const flops = columns.flops.map((own) => own.map(BigInt));
+  const uncounted = columns.uncounted.map((holes) => new Set(holes));
   const modules = columns.names.map((name, i) => ({
     name, parent: columns.parents[i], children: [],
     cls: columns.cls[i] < 0 ? "" : columns.classes[columns.cls[i]],
@@ -20,7 +21,7 @@ function readModules(columns) {
     const above = modules[module.parent];
     module.fqn = !above ? "" : above.fqn ? `${above.fqn}.${module.name}` : module.name;
     if (above) above.children.push(i);
-    module.uncounted = columns.uncounted.map((holes) => holes.includes(i));
+    module.uncounted = uncounted.map((holes) => holes.has(i));
   });
   for (let i = modules.length - 1; i >= 0; i -= 1) {
     const module = modules[i], above = modules[module.parent];
@@ -98,7 +99,10 @@ function showModules() {
   };
   const visit = (i, parent, depth) => {
     const node = nodes[i], module = tree.modules[node.module];
-    const large = node.children.filter((child) => Number(count(nodes[child], total)) >= leastShare * Number(whole));
+    const large = node.children.filter((child) => {
+      const size = count(nodes[child], total);
+      return size > 0n && Number(size) >= leastShare * Number(whole);
+    });
     const open = depth < maxDepth && large.length > 0;
     const inside = sum(large.map((child) => count(nodes[child], total)));
     const rest = count(node, total) - inside - count(node, own);
