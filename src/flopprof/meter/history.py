@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import msgspec
 
+from flopprof.errors import UsageError
 from flopprof.meter.conventions import Teller, teller
 from flopprof.meter.figures import Figures, StepRecord, figures, flops_by_rate, timed
 from flopprof.meter.peaks import Peaks
@@ -46,6 +48,10 @@ class History:
         self._recorder = recorder
         self._attention: Attention = attention
         self._teller: Teller | None = None if convention is None else teller(convention)
+        if path is not None and not Path(path).parent.is_dir():
+            raise UsageError(
+                f"cannot write records to {str(path)!r}: the directory {str(Path(path).parent)!r} is missing."
+            )
         self._path = path
         wall, clock = epoch
         self._epoch = wall() - clock()  # seconds since 1970 at the clock's zero

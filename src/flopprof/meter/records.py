@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
-from typing import IO
 
 import msgspec
 
 from flopprof.errors import UsageError
 from flopprof.meter.figures import StepRecord
+
+logger = logging.getLogger(__name__)
 
 SCHEMA = "flopprof.run/1"
 
@@ -58,23 +61,27 @@ class RecordWriter:
         file = Path(path)
         try:
             torn = file.exists() and file.stat().st_size > 0 and not _ends_in_newline(file)
-            self._file: IO[bytes] | None = file.open("ab", buffering=0)
+            handle = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
         except OSError as error:
             raise UsageError(f"cannot write records to {str(path)!r}: {error.strerror or error}.") from error
+        self._handle = handle
+        self._close = weakref.finalize(self, os.close, handle)
         if torn:  # a line that a killed process did not finish
-            self._file.write(b"\n")
+            os.write(handle, b"\n")
         self.write(start)
 
     def write(self, line: RunStart | RunPeaks | StepRecord) -> None:
         """One more line."""
-        if self._file is not None:
-            self._file.write(msgspec.json.encode(line) + b"\n")
+        if self._close.alive:
+            try:
+                os.write(self._handle, msgspec.json.encode(line) + b"\n")
+            except OSError as error:  # a full disk ends the records, not the training
+                logger.warning("no more records are written: %s", error.strerror or error)
+                self._close()
 
     def close(self) -> None:
         """No more lines."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        self._close()
 
 
 def _ends_in_newline(file: Path) -> bool:
