@@ -30,7 +30,7 @@ _node = torch._C._current_autograd_node
 _thread = threading.get_ident
 _modes = torch._C._len_torch_dispatch_stack
 _armed = _modules._global_forward_pre_hooks
-_KEY: Any = "flopprof.roots"  # torch's own keys are numbers
+_KEY = -1  # a number that torch gives to no hook
 
 Called = Callable[[torch.nn.Module, tuple[Any, ...], Mapping[str, Any]], None]
 
@@ -96,9 +96,7 @@ class Roots:
         finally:
             self.arm()
 
-    def _before(
-        self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None
-    ) -> None:
+    def _before(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None) -> None:
         if torch.compiler.is_compiling():
             return
         if self._thread != _thread() or type(module) in _ARITHMETIC or _node() is not None:

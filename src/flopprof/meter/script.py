@@ -300,7 +300,9 @@ class Script:
             self._step_over(self._in_backward)
         if self.meter is None:
             return
-        if self._seen and (id(_first(optimizer)) in self._seen or any(found() is None for found in self._seen.values())):
+        if self._seen and (
+            id(_first(optimizer)) in self._seen or any(found() is None for found in self._seen.values())
+        ):
             self._seen.clear()
             if self.meter.decide() and self._finished is not None:
                 self._finished(self.meter)
