@@ -50,6 +50,7 @@ def standing_in() -> Iterator[None]:
         raise UsageError(
             "--attn flash needs the flash_attn package with this release of transformers: install it, or a later one."
         )
+    # This one stays: a model asks for its kernels when it runs, which may be at any time later.
     if not isinstance(calls.lazy_import_flash_attention, _Functions):
         calls.lazy_import_flash_attention = _Functions(calls)
     kept = modeling.lazy_import_flash_attention, model._flash_attn_import_error, modeling.is_kernels_available
