@@ -18,6 +18,12 @@ _STACK = re.compile(
 )
 _STAGES = re.compile(r"(^|_)(layers|depths|blocks)$")
 _PERIOD = re.compile(r"period|interval|offset|frequency|every|_step$|first_k_dense_replace|pattern|_freq$")
+_WIDTH = re.compile(
+    r"(^|_)(hidden|intermediate|embed|embedding|ffn|model|head|inner|mlp|projection|proj|lora|state|key|value|output|"
+    r"bottleneck|decoder|encoder|conv|attention|out_hidden)_(size|sizes|dim|dims|channels|rank)$"
+    r"|^(d_model|d_ff|d_kv|d_inner|n_embd|n_inner|dim|hidden_sizes|embed_dims|(encoder|decoder)_ffn_dim|mrope_section|"
+    r"conv_dim|rotary_dim|kv_lora_rank|q_lora_rank|qk_(rope|nope)_head_dim|v_head_dim|moe_intermediate_size)$"
+)
 _FEW = 2
 _DEEP = 6  # stacks of so many are left as they are: stages are counted by the same names
 _LONGEST_PERIOD = 12
@@ -51,6 +57,10 @@ def consistent(facts: dict[str, Any]) -> dict[str, Any]:
     if isinstance(tokens, int) and isinstance(vision, dict):  # no more than there are patches
         side = vision.get("image_size", 224) // vision.get("patch_size", 16)
         made["mm_tokens_per_image"] = min(tokens, (side // 2) ** 2)
+    for name in ("scale_factor", "pixel_shuffle_factor"):
+        if type(made.get(name)) is int and isinstance(vision, dict):  # squares of patches become one
+            side = vision.get("image_size", 224) // vision.get("patch_size", 16)
+            made[name] = next(factor for factor in range(made[name], 0, -1) if side % factor == 0)
     for part in (made, text):
         turns = part.get("rope_parameters")
         if isinstance(turns, dict):  # as many turns as the sections hold
@@ -59,6 +69,8 @@ def consistent(facts: dict[str, Any]) -> dict[str, Any]:
             sections = turns.get("mrope_section") or [8, 12, 12]
             part["head_dim"] = wide = max(wide, 2 * sum(sections))
             turns["partial_rotary_factor"] = part["partial_rotary_factor"] = 2 * sum(sections) / wide
+        if type(part.get("moe_intermediate_size")) is int:  # grouped products take rows of 16 bytes
+            part["moe_intermediate_size"] = -(-part["moe_intermediate_size"] // 16) * 16
         if "num_experts_per_tok" in part and part["num_experts_per_tok"] is None:
             part["num_experts_per_tok"] = 2
     words = text.get("vocab_size")
@@ -113,3 +125,24 @@ def _cut(facts: Any, depth: int) -> Any:
         else:
             made[name] = _cut(value, depth)
     return made
+
+
+def narrowed(facts: Any, by: int) -> Any:
+    """The same with widths divided: of layers, heads and embeddings, not of pictures, patches, windows or kernels."""
+    if isinstance(facts, list):
+        return [narrowed(item, by) for item in facts]
+    if not isinstance(facts, dict):
+        return facts
+    made = {}
+    for name, value in facts.items():
+        if isinstance(name, str) and _WIDTH.search(name):
+            made[name] = _divided(value, by)
+        else:
+            made[name] = narrowed(value, by)
+    return made
+
+
+def _divided(value: Any, by: int) -> Any:
+    if isinstance(value, list):
+        return [_divided(item, by) for item in value]
+    return value // by if type(value) is int and value >= by and value % by == 0 else value

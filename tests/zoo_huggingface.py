@@ -16,17 +16,20 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any, Literal
 
 import torch
 
 from flopprof.counting.values import carried
-from flopprof.errors import FlopprofError
+from flopprof.errors import FlopprofError, ModelFailed
 from flopprof.models.hf_config import load_transformers
 from flopprof.models.huggingface import load_config
 from flopprof.models.request import Request
-from hf_reduced import reduced
+from flopprof.models.workload import Workload
+from flopprof.profile import Profile
+from hf_reduced import narrowed, reduced
 
 AUTO = {
     "CausalLM": "AutoModelForCausalLM",
@@ -37,6 +40,9 @@ AUTO = {
 }
 LIMIT_S = 120  # of the processor's time
 REQUEST = Request(batch=1, image_size=None, inputs=(), device="meta", dtype=None, train=False, model_args={})
+
+SHORT = replace(REQUEST, seq=24, audio_seconds=1.0)
+MOST_PARAMETERS = 200_000_000
 
 Verdict = Literal["clean", "uncounted", "failed", "unbuilt"]
 
@@ -116,9 +122,11 @@ def _attempt(what: Registered) -> tuple[Verdict, str, int]:
         sizes = list(reduced(default(what.kind)))
     except Exception as error:
         return "unbuilt", told(error), 0
-    for facts in sizes:
+    for facts, train in [*product(sizes, [False]), (sizes[0], True)]:
+        if train and "model.train()" not in str(first):  # Reformer's backward is for training alone
+            continue
         try:
-            workload = load_config(what.kind, {**facts, "architectures": [what.cls]}, REQUEST)
+            workload = load_config(what.kind, {**facts, "architectures": [what.cls]}, replace(REQUEST, train=train))
             profile = workload.count(backward=True)
         except Exception as error:
             first = first or error
@@ -129,6 +137,40 @@ def _attempt(what: Registered) -> tuple[Verdict, str, int]:
     assert first is not None
     why = fault(what)
     return ("failed", told(first), 0) if why is None else ("unbuilt", why, 0)
+
+
+def disagreement(what: Registered) -> str | None:
+    """How the model FLOPs of a narrow one on meta differ from those on the CPU; None where they are equal.
+
+    Raises FlopprofError where no narrow one is found that runs on meta and is small enough for the CPU.
+    """
+    workload, facts = _narrow(what)
+    on_meta = workload.count(backward=True)
+    real = load_config(what.kind, facts, replace(SHORT, device="cpu")).count(backward=True)
+    if (on_meta.model_flops, on_meta.by_phase()) == (real.model_flops, {**real.by_phase(), **_same(on_meta)}):
+        return None
+    return f"{on_meta.model_flops} on meta, {real.model_flops} on the CPU"
+
+
+def _same(profile: Profile) -> dict[str, int]:
+    """What may differ: a fused kernel computes scores again."""
+    return {"recompute": profile.recompute_flops}
+
+
+def _narrow(what: Registered) -> tuple[Workload, dict[str, Any]]:
+    problem: FlopprofError | None = None
+    for by in (8, 4, 2, 1):
+        for facts in reduced(default(what.kind)):
+            narrow = {**narrowed(facts, by), "architectures": [what.cls]}
+            try:
+                workload = load_config(what.kind, narrow, SHORT)
+                workload.count(backward=True)
+            except FlopprofError as error:
+                problem = problem or error
+                continue
+            if sum(parameter.numel() for parameter in workload.model.parameters()) <= MOST_PARAMETERS:
+                return workload, narrow
+    raise problem or ModelFailed(f"{what} stays too large for the CPU.")
 
 
 def told(error: Exception) -> str:

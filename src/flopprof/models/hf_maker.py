@@ -94,6 +94,12 @@ def length_of(maker: Maker, least: int = 0) -> int:
     return asked
 
 
+def is_cut(maker: Maker) -> bool:
+    """Is the usual length cut to what the positions reach?"""
+    limit = reach(maker.model)
+    return maker.request.seq is None and limit is not None and limit < _TOKENS
+
+
 def reach(model: Any) -> int | None:
     """The longest text that the tables of positions allow; None where positions are computed.
 
