@@ -303,6 +303,7 @@ def test_the_function_is_the_package_and_the_public_name() -> None:
         ([(net(), torch.zeros(1, 4))], {"sort": "beauty"}, UsageError),
         ([(net(), torch.zeros(1, 4))], {"hardware": "H1000"}, UnknownDevice),
         (["resnet18"], {"at": "depth=3"}, UsageError),
+        (["resnet18"], {"colour": "red"}, UsageError),
         (["resnet18"], {"at": "batch=many"}, UsageError),
         (["resnet18"], {"at": "batch=1,batch=2"}, UsageError),
     ],
@@ -413,6 +414,14 @@ def test_latency_by_a_clock_of_ones() -> None:
     assert (found.median_s, found.p95_s, found.runs, found.samples_per_s) == (1.0, 1.0, 7, 1.0)
     with pytest.raises(UsageError, match="meta"):
         measure_latency(flopprof.load("alexnet"))
+
+
+def test_a_model_that_does_not_fit_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flopprof.compare.run.free_bytes", lambda kind: 10**6)
+    (found,) = compare(["squeezenet1_1"], measure=True, workers=0)  # 1,235,496 parameters
+    assert found.forward_flops
+    assert found.latency is None
+    assert "4.713 MiB" in found.notes[0]
 
 
 # --- files and pages ----------------------------------------------------------------------------

@@ -74,7 +74,7 @@ def test_a_worker_is_a_new_python_where_a_fork_would_not_do(monkeypatch: pytest.
 
 
 def test_an_accelerator_forbids_forks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     assert not workers._can_fork()
 
 

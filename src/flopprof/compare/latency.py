@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
@@ -47,6 +48,20 @@ def summarised(times: list[float], *, device: str, samples: int | None) -> Laten
     median = ranked[middle] if len(ranked) % 2 else (ranked[middle - 1] + ranked[middle]) / 2
     p95 = ranked[math.ceil(0.95 * len(ranked)) - 1]
     return Latency(median_s=median, p95_s=p95, runs=len(ranked), device=device, samples=samples)
+
+
+def free_bytes(kind: str) -> int | None:
+    """Memory that a new model could take on a device, by what it and the system report; None: it is not known.
+
+    On the CPU half of what is available, because models are built in float32 before they are cast.
+    """
+    if kind.partition(":")[0] == "cuda":
+        return int(torch.cuda.mem_get_info()[0])
+    try:
+        facts = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines())
+        return int(facts["MemAvailable"].split()[0]) * 1024 // 2
+    except (OSError, KeyError):  # off Linux
+        return None
 
 
 def _finish(kind: str) -> None:

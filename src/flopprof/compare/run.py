@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -13,15 +14,16 @@ from torch import nn
 
 from flopprof.compare import workers as pool
 from flopprof.compare.comparison import Comparison, Ideal, Latency, Row, side_by_side
-from flopprof.compare.latency import measure_latency
+from flopprof.compare.latency import free_bytes, measure_latency
 from flopprof.compare.models import Job, failed, row_of, row_of_profile
 from flopprof.compare.resume import finished
 from flopprof.compare.targets import jobs_of, parse_at
 from flopprof.errors import FlopprofError, NoPeak, UsageError
 from flopprof.hardware import Device, device
-from flopprof.models import Workload
+from flopprof.models import Workload, load
 from flopprof.models.inputs import first_line, make_input, parse_input, samples_in, tensors_in, tokens_in
 from flopprof.profile import Attention, Profile
+from flopprof.units import format_bytes
 
 Target = str | Job | nn.Module | Workload | Profile | tuple[nn.Module, Any]
 Progress = Callable[[int, int, str], object]
@@ -64,7 +66,8 @@ def compare(
     targets    what `flopprof.load` takes, globs too (`timm:convnext*`); (module, inputs), with inputs a tensor, a tuple
                or a dict; a module, whose input `at` gives; a Workload; a Profile; a Job, which has options of its own.
                As a mapping, its keys are the names.
-    at         `input=1x3x288x288` or `batch=8,image_size=288`; with several, each makes a row of every model
+    at         `input=1x3x288x288` or `batch=8,image_size=288` for every target that brings no inputs of its own; with
+               several, each makes a row of it
     attention  `full` counts every query-key pair, `causal` those that the operator's mask lets through
     hardware   a device of the table ("H100"): then rows have the roofline's ideal latency
     measure    also measure a forward here, one model at a time: on `device=`, else the GPU, else the CPU
@@ -86,6 +89,10 @@ def compare(
     if sort is not None:
         Comparison(rows=()).sorted(sort)
     places = [at] if isinstance(at, str) else list(at)
+    known = [name for name in inspect.signature(load).parameters if name != "target"]
+    for option in options:
+        if option not in known:
+            raise UsageError(f"compare has no option {option!r}: flopprof.load takes {', '.join(known)}.")
     if "dtype" in options and isinstance(options["dtype"], torch.dtype):
         options["dtype"] = str(options["dtype"]).removeprefix("torch.")
     slots = list(_slots(targets, places, options, attention))
@@ -145,7 +152,7 @@ def _measure(slots: list[_Slot], progress: Progress | None) -> None:
         if slot.row is None or slot.row.failed or isinstance(slot.thing, Profile):
             continue
         try:
-            slot.measured = measure_latency(_with_values(slot))
+            slot.measured = measure_latency(_with_values(slot, slot.row))
         except Exception as error:  # out of memory, an operator that this device lacks
             text = str(error) if isinstance(error, FlopprofError) else f"{type(error).__name__}: {first_line(error)}"
             slot.measured = f"not measured: {text}"
@@ -153,13 +160,18 @@ def _measure(slots: list[_Slot], progress: Progress | None) -> None:
             progress(number, len(slots), f"{slot.name}, measured")
 
 
-def _with_values(slot: _Slot) -> Workload:
+def _with_values(slot: _Slot, row: Row) -> Workload:
+    """The workload on a device that computes. Raises FlopprofError where its weights would not fit there."""
     if slot.job is None:
         assert isinstance(slot.thing, Workload)
         return slot.thing
     wanted = slot.job.options.get("device")
     if wanted in (None, "meta"):
         wanted = "cuda" if torch.cuda.is_available() and not slot.job.target.startswith("quantized_") else "cpu"
+    needed, free = row.size_bytes.get("stored", 0), free_bytes(wanted)
+    if free is not None and needed > free:
+        sizes = f"its weights take {format_bytes(needed)}, and {format_bytes(free)} are free"
+        raise FlopprofError(f"{sizes} on {wanted}.")
     return slot.job.load(wanted)
 
 

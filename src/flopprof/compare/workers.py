@@ -51,7 +51,7 @@ def rows(jobs: Sequence[Job], workers: int) -> Generator[tuple[Job, Row], None, 
 
     A worker that dies leaves a row that says so, and another takes its place. Closing the iterator ends all workers.
     """
-    if workers < 1:
+    if workers < 1 or os.name != "posix":
         for job in jobs:
             yield job, job.row()
         return
@@ -190,7 +190,7 @@ def _can_fork() -> bool:
     """Whether a fork of this process can count: Linux, and no accelerator whose state a fork would share."""
     if not sys.platform.startswith("linux"):
         return False
-    return not torch.cuda.is_initialized() and not torch.cuda.is_available()
+    return not torch.accelerator.is_available()
 
 
 def _prepare(jobs: Iterable[Job]) -> None:
