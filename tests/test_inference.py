@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import flopprof
 from flopprof.errors import ModelFailed, UsageError
@@ -349,6 +350,7 @@ def test_sound_is_heard_once(made: Any) -> None:
 
 
 # --- every kind, on meta and on the CPU -------------------------------------------------------------
+GROUPED = {"mixtral", "qwen3_moe", "deepseek_v3", "jamba"}
 SAMPLE = {"mistral", "mixtral", "deepseek_v3", "mamba", "jamba", "recurrent_gemma", "t5", "whisper"}
 
 
@@ -359,7 +361,8 @@ def test_meta_tells_what_a_run_on_real_numbers_does(made: Any, kind: str) -> Non
     target = made(*TINY[kind])
     sizes = {"context": 13, "batch": 2}
     meta, real = (inference(target, mode="decode", **sizes, device=device) for device in (None, "cpu"))
-    assert (meta.device, real.device) == ("meta", "cpu")
+    runs = kind not in GROUPED or torch.__version__ >= "2.9"  # before, grouped products of float32 did not run on meta
+    assert (meta.device, real.device) == ("meta" if runs else "cpu", "cpu")
     assert meta.flops == real.flops > 0
     assert meta.cache == real.cache
     assert meta.cache.bytes > 0

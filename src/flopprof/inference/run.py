@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from msgspec.structs import replace as with_fields
 
-from flopprof.counting.values import needs_values
 from flopprof.errors import ModelFailed, UsageError
 from flopprof.inference.bounds import Rates, bounded
 from flopprof.inference.generation import Walk, amounts
@@ -111,8 +110,8 @@ def inference(
         if seq is not None or "--seq" not in str(error):
             raise
         raise UsageError(str(error).replace("--seq", "--context" if mode == "decode" else "--prompt")) from error
-    except ModelFailed as error:
-        if workload.on_cpu is None or not needs_values(error):
+    except ModelFailed:  # for want of values, or of a kernel for meta
+        if workload.on_cpu is None:
             raise
         return run(workload.on_cpu())
 
@@ -249,7 +248,8 @@ class _Run:
         """The prompt."""
         profile, moved = self._prefilled()
         found = self._made(tokens=self.batch * (self.prompt or 1), flops=profile.forward_flops, moved=moved)
-        return bounded(with_fields(found, prefill=profile), self.rates, [(profile.forward_flops, moved)], self.traffic)
+        found = with_fields(found, prefill=profile, notes=_together(found.notes, profile.assumptions))
+        return bounded(found, self.rates, [(profile.forward_flops, moved)], self.traffic)
 
     def generate(self) -> Inference:
         """A prefill, and the steps after it."""
@@ -287,7 +287,14 @@ class _Run:
         )
         kept = self._cache(self.start + new - 1)
         result = with_fields(
-            result, prefill=profile, decode=first, steps=steps, new_tokens=new, cache=kept, context=self.start
+            result,
+            prefill=profile,
+            decode=first,
+            steps=steps,
+            new_tokens=new,
+            cache=kept,
+            context=self.start,
+            notes=_together(result.notes, profile.assumptions),
         )
         return bounded(result, self.rates, each, self.traffic)
 
@@ -364,6 +371,10 @@ class _Run:
         if not self.linear:
             notes["FLOPs are not proportional to the batch: no batch is told from which on they take longer"] = None
         return list(notes)
+
+
+def _together(*notes: Sequence[str]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(sentence for part in notes for sentence in part))
 
 
 def _parts(kept: Sequence[Kept], more: int) -> list[CachePart]:
