@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import flopprof
-from flopprof.errors import ModelFailed, UsageError
+from flopprof.errors import UsageError
 from flopprof.inference import Inference, inference
 
 transformers = pytest.importorskip("transformers")
@@ -449,7 +449,7 @@ def test_what_is_not_proportional_to_the_batch_is_said(made: Any) -> None:
         pytest.skip("this release of transformers runs it for each sequence")
     assert two.traffic is None
     assert any("not proportional" in note for note in two.notes)
-    with pytest.raises(ModelFailed, match="cannot be summed up"):
+    with pytest.raises(UsageError, match="cannot be summed up"):
         inference(target, mode="generate", prompt=4, new=4, batch=2)
 
 

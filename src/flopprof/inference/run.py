@@ -110,10 +110,13 @@ def inference(
         if seq is not None or "--seq" not in str(error):
             raise
         raise UsageError(str(error).replace("--seq", "--context" if mode == "decode" else "--prompt")) from error
-    except ModelFailed:  # for want of values, or of a kernel for meta
+    except ModelFailed as error:  # for want of values, or of a kernel for meta
         if workload.on_cpu is None:
             raise
-        return run(workload.on_cpu())
+        try:
+            return run(workload.on_cpu())
+        except ModelFailed:
+            raise error from error.__cause__
 
 
 class _Run:
@@ -259,7 +262,7 @@ class _Run:
         steps, first = None, None
         if new > 1:
             if not self.linear:
-                raise ModelFailed(
+                raise UsageError(
                     f"{self.made.workload.name} does not do for a batch what it does for each of its sequences: "
                     "a generation of it cannot be summed up; --mode decode counts its steps one by one."
                 )
