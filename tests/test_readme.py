@@ -47,7 +47,7 @@ def test_python_examples_run(path: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["counting.count", "counting.runtime", "formulas", "models.targets", "profile", "units"]
+    "name", ["counting.count", "counting.runtime", "formulas", "meter.meter", "models.targets", "profile", "units"]
 )
 def test_docstring_examples_run(name: str) -> None:
     failed, _tried = doctest.testmod(importlib.import_module(f"flopprof.{name}"))

@@ -11,7 +11,7 @@ import torch
 
 from flopprof.meter.padding import Unpadded
 from flopprof.meter.places import Done
-from flopprof.meter.signature import arguments, quick, size_of
+from flopprof.meter.signature import arguments, quick, size_of, uses_flash
 from flopprof.meter.timing import Timer
 from flopprof.meter.tracking import Tracker
 from flopprof.meter.watching import Watch, compiled_call, compiled_within, instruments
@@ -53,7 +53,7 @@ class OpenStep:
 class Root:
     """A model, and what of it is part of every call's structure."""
 
-    __slots__ = ("_calls", "device", "flags", "module", "number", "parameters", "trained")
+    __slots__ = ("_calls", "device", "flags", "flash", "module", "number", "parameters", "trained")
 
     def __init__(self, module: torch.nn.Module) -> None:
         self.module = module
@@ -67,6 +67,7 @@ class Root:
         """Look its parameters up again."""
         self.parameters = list(self.module.parameters())
         tensor = next(iter(self.parameters), None)
+        self.flash = uses_flash(self.module)
         self.device = "cpu" if tensor is None else tensor.device.type
 
     def wanted(self) -> int:
@@ -223,6 +224,7 @@ class Recorder:
             parameters[0].dtype if parameters else None,
             args,
             kwargs,
+            root.flash,
         )
         kept = None if event is None else self.tracker.known(event)
         if kept is None:
@@ -248,7 +250,7 @@ class Recorder:
         step = self._step
         assert step is not None
         root.refresh()
-        structure, ints = arguments(args, kwargs)
+        structure, ints = arguments(args, kwargs, root.flash)
         device = root.device
         about = (
             *(index, root.module.training, grad, root.wanted() if grad else 0),

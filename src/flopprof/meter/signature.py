@@ -18,13 +18,15 @@ _Tensor, _Parameter = torch.Tensor, torch.nn.Parameter
 _PLAIN = (bool, type(None), torch.dtype, torch.device, torch.memory_format)
 _QUICK = frozenset({bool, type(None), int, str, torch.dtype})
 _BOUNDARIES = ("cu_seq", "cu_len")
-_WITH_VALUES = ("position_ids",)
+_MAYBE = (*_BOUNDARIES, "position_ids")
 _DEEPEST = 8
 _TOKENS = ("decoder_input_ids", "input_ids", "tokens", "idx")
 _WORDS = 24  # characters: what is longer is a text, no choice
 
 
-def arguments(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Structure, tuple[int, ...]]:
+def arguments(
+    args: tuple[Any, ...], kwargs: Mapping[str, Any], flash: bool | None = None
+) -> tuple[Structure, tuple[int, ...]]:
     """Structure and integers of a call's arguments: dtypes, shapes, flags; no values of tensors but packed lengths."""
     parts: list[Any] = []
     ints: list[int] = []
@@ -33,9 +35,26 @@ def arguments(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Structu
     for name, value in kwargs.items():
         parts.append(name)
         _add(value, parts, ints, 0)
-        if type(value) is _Tensor and (name in _WITH_VALUES or name.startswith(_BOUNDARIES)):
+        if type(value) is _Tensor and tells_boundaries(name, value, flash):
             _add_boundaries(name, value, parts, ints)
     return tuple(parts), tuple(ints)
+
+
+def tells_boundaries(name: str, value: torch.Tensor, flash: bool | None) -> bool:
+    """Do this tensor's values tell where the sequences of a packed batch begin?
+
+    flash: the model's attention is flash attention, which takes them from positions; None: not known, and positions
+    that are on a device are not waited for.
+    """
+    if name == "position_ids":
+        return value.device.type == "cpu" if flash is None else flash
+    return name.startswith(_BOUNDARIES)
+
+
+def uses_flash(module: torch.nn.Module) -> bool | None:
+    """Is a transformers model's attention flash attention? None: it is no such model."""
+    chosen = getattr(getattr(module, "config", None), "_attn_implementation", None)
+    return None if chosen is None else "flash" in str(chosen)
 
 
 def quick(
@@ -46,6 +65,7 @@ def quick(
     weight: torch.dtype | None,
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
+    flash: bool | None = None,
 ) -> tuple[Any, ...] | None:
     """All of that as one key, where every argument is a plain tensor or flag; else None.
 
@@ -69,7 +89,7 @@ def quick(
             add(name)
             kind = type(value)
             if kind is _Tensor:
-                if name in _WITH_VALUES or name.startswith(_BOUNDARIES):
+                if name.startswith(_MAYBE) and tells_boundaries(name, value, flash):
                     return None
                 add(value.shape)
                 add(value.dtype)
@@ -96,29 +116,34 @@ def _add(value: Any, parts: list[Any], ints: list[int], depth: int) -> None:
     elif kind in _PLAIN:
         parts.append(value)
     elif kind is int:
-        parts.append(int)
+        parts.append("int")
         ints.append(value)
     elif kind is str:
-        parts.append(value if len(value) <= _WORDS and " " not in value else str)
+        parts.append(value if len(value) <= _WORDS and " " not in value else "text")
     elif kind is list or kind is tuple:
-        parts += (kind, len(value))
+        parts += (kind.__name__, len(value))
         if depth < _DEEPEST:
             for item in value:
                 _add(item, parts, ints, depth + 1)
     elif isinstance(value, Mapping):
-        parts += (kind, len(value))
+        parts += (_named(kind), len(value))
         if depth < _DEEPEST:
             for name, item in value.items():
                 parts.append(name if isinstance(name, str | int) else None)
                 _add(item, parts, ints, depth + 1)
     elif isinstance(value, _Tensor):  # a subclass: sharded, fake, quantised, masked ...
-        parts += (kind, value.dtype, value.dim(), value.requires_grad)
+        parts += (_named(kind), value.dtype, value.dim(), value.requires_grad)
         ints += value.shape
     else:
-        parts.append(kind)
+        parts.append(_named(kind))
         if depth < _DEEPEST:
             for item in _inside(value):
                 _add(item, parts, ints, depth + 1)
+
+
+def _named(kind: type) -> str:
+    """A class by its name: structures are kept in checkpoints."""
+    return f"{kind.__module__}.{kind.__qualname__}"
 
 
 def _inside(value: Any) -> Iterator[Any]:
