@@ -71,7 +71,7 @@ def _table(ledger: Ledger) -> str:
             rows += _row(_reason(term), term.flops, ledger.estimate_flops, signed=True)
     rows += _row(f"= {escape(ledger.measured)}", ledger.measured_flops, ledger.estimate_flops, css="sum")
     return (
-        f'<div class="scroll" role="region" tabindex="0" aria-label="{escape(caption)}"><table>'
+        f'<div class="scroll" role="region" tabindex="0" aria-label="{escape(caption)}"><table class="steps">'
         f'<caption class="unseen">{escape(caption)}</caption><thead><tr><th scope="col">Step</th>'
         '<th scope="col" class="number">FLOPs</th><th scope="col" class="number">Of the estimate</th></tr></thead>'
         f"<tbody>{rows}</tbody></table></div>"

@@ -13,10 +13,12 @@ function showRoofline() {
   const placed = points.filter((point) => device.columns[point.dtype]);
   const traces = roofs(device, placed.map(intensity));
   const most = Math.max(...placed.map((point) => Number(point.flops)));
-  for (const phase of new Set(placed.map((point) => point.phase))) {
+  // the forward lies on top: a product and its gradients often have the same intensity
+  for (const phase of Object.keys(phaseMarks).reverse()) {
     const own = placed.filter((point) => point.phase === phase);
+    if (!own.length) continue;
     traces.push({
-      type: "scatter", mode: "markers", name: phase,
+      type: "scatter", mode: "markers", name: phase, legendrank: 1001 + Object.keys(phaseMarks).indexOf(phase),
       x: own.map(intensity),
       y: own.map((point) => Math.min(rate(point), intensity(point) * device.bytes_per_s)),
       text: own.map(told),
