@@ -19,7 +19,7 @@ from torch import nn
 
 from flopprof.errors import FlopprofError, UsageError
 from flopprof.models.hf_documented import Unsaid, documented, made, required
-from flopprof.models.hf_maker import Inputs, Maker, every_part, ids, is_cut, length_of, token
+from flopprof.models.hf_maker import Inputs, Maker, every_part, ids, is_learned, length_of, token
 from flopprof.models.hf_pictures import GRIDS, clip, patches, picture, pictures, pixels, sized
 from flopprof.models.hf_placeholders import mixed
 from flopprof.models.hf_sound import spectrogram, spectrograms, wave, waves
@@ -57,7 +57,7 @@ def _first_that_runs(maker: Maker) -> Inputs:
             f"no input is known for {type(maker.model).__name__}, which takes {maker.model.main_input_name!r}: "
             "give --input SHAPE."
         )
-    if set(first.kwargs) <= {"input_ids", "decoder_input_ids"} and _usual(maker) and not is_cut(maker):
+    if set(first.kwargs) <= {"input_ids", "decoder_input_ids"} and _usual(maker) and not is_learned(maker):
         return first
     return _searched(maker, chain([first], bases)) or first
 
@@ -272,7 +272,7 @@ def _texts(maker: Maker, name: str) -> Iterator[dict[str, Any]]:
             reach = getattr(config, "max_position_embeddings", None)
             if isinstance(reach, int) and 0 < reach < length:
                 yield {name: ids(maker, batch, reach)}
-        if is_cut(maker):  # some tables have a row or two that no text reaches
+        if is_learned(maker):  # some tables have a row or two that no text reaches
             yield from ({name: ids(maker, batch, length - fewer)} for fewer in (1, 2) if fewer < length)
     for config in every_part(maker.config):
         for counted in ("num_codebooks", "num_channels", "n_codes_total"):

@@ -94,10 +94,9 @@ def length_of(maker: Maker, least: int = 0) -> int:
     return asked
 
 
-def is_cut(maker: Maker) -> bool:
-    """Is the usual length cut to what the positions reach?"""
-    limit = reach(maker.model)
-    return maker.request.seq is None and limit is not None and limit < _TOKENS
+def is_learned(maker: Maker) -> bool:
+    """Are positions rows of a table?"""
+    return reach(maker.model) is not None
 
 
 def reach(model: Any) -> int | None:
