@@ -79,7 +79,7 @@ PRODUCTS = (
     ],
     ids=lambda value: str(value.get("quant_method", "")) if isinstance(value, dict) else "",
 )
-@pytest.mark.parametrize("device", ["meta", "cpu"])
+@pytest.mark.parametrize("device", ["meta", pytest.param("cpu", marks=pytest.mark.nightly)])
 def test_the_same_products_in_the_types_that_run(tmp_path: Path, found: Any, dtypes: Any, device: str) -> None:
     profile = quantised(tmp_path, found, device=device).count()
     assert profile.forward_flops == FORWARD

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 
 from flopprof import Profile, load
 from flopprof.errors import UsageError
-from flopprof.models import catalogue, hf_flash
+from flopprof.models import hf_flash
 
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
@@ -24,17 +25,22 @@ LINEAR = 2 * SEQ * (2 * D * D + 2 * D * K + 3 * D * FF)
 HEAD = 2 * SEQ * D * VOCAB
 
 
+TEXT = {
+    "dtype": "bfloat16", "hidden_size": D, "num_hidden_layers": LAYERS, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "intermediate_size": FF, "vocab_size": VOCAB,
+}  # fmt: skip
+
+
+def written(folder: Path, kind: str, architecture: str, **facts: Any) -> str:
+    """A directory with the config of a small model, and no weights."""
+    found = {"model_type": kind, "architectures": [architecture], **TEXT, **facts}
+    (folder / "config.json").write_text(json.dumps(found))
+    return str(folder)
+
+
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: Any) -> str:
-    """A directory with the config of a small Llama, and no weights."""
-    facts = {
-        "model_type": "llama", "architectures": ["LlamaForCausalLM"], "dtype": "bfloat16", "hidden_size": D,
-        "num_hidden_layers": LAYERS, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": FF,
-        "vocab_size": VOCAB,
-    }  # fmt: skip
-    folder = tmp_path_factory.mktemp("llama")
-    (folder / "config.json").write_text(json.dumps(facts))
-    return str(folder)
+    return written(tmp_path_factory.mktemp("llama"), "llama", "LlamaForCausalLM")
 
 
 @pytest.fixture(scope="module")
@@ -75,20 +81,22 @@ def test_flash_attention_is_folded_as_it_runs(llama: str) -> None:
     assert folded.by_module() == every.by_module()
 
 
-def test_windows_reach_the_kernel() -> None:
-    """Mistral sees 4,096 tokens back, itself included."""
-    row, seq = catalogue.entries()["mistral-7b"], 4100
-    pairs = sum(min(token + 1, 4096) for token in range(seq))
-    found = load("mistral-7b", seq=seq, attn="flash").count(attention="causal")
-    layers = row.config["num_hidden_layers"]
-    assert found.by_operator()["flash_attn::_flash_attn_forward"] == layers * 4 * 4096 * pairs
+def test_windows_reach_the_kernel(tmp_path: Path) -> None:
+    """Mistral sees so many tokens back, itself included."""
+    window, seq = 16, 40
+    target = written(tmp_path, "mistral", "MistralForCausalLM", sliding_window=window)
+    pairs = sum(min(token + 1, window) for token in range(seq))
+    found = load(target, seq=seq, attn="flash").count(attention="causal")
+    assert found.by_operator()["flash_attn::_flash_attn_forward"] == LAYERS * 4 * D * pairs
 
 
-def test_flash_attention_pads_values_to_the_width_of_queries() -> None:
-    """DeepSeek-V2-Lite: queries of 192, values of 128; transformers pads them, and the kernel multiplies the zeros."""
-    seq, heads, layers = SEQ, 16, 27
-    dense, flash = (load("deepseek-v2-lite", seq=seq, attn=attn).count().forward_flops for attn in ("sdpa", "flash"))
-    assert flash - dense == layers * 2 * seq * seq * heads * (192 - 128)
+def test_flash_attention_pads_values_to_the_width_of_queries(tmp_path: Path) -> None:
+    """Queries of 8 + 16, values of 8: transformers pads them, and the kernel multiplies the zeros."""
+    sizes = {"qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 8, "q_lora_rank": 16, "kv_lora_rank": 16}
+    facts = {**sizes, "num_key_value_heads": 4, "n_routed_experts": 8, "n_group": 4, "moe_intermediate_size": 16}
+    target = written(tmp_path, "deepseek_v3", "DeepseekV3ForCausalLM", **facts)
+    dense, flash = (load(target, seq=SEQ, attn=attn).count().forward_flops for attn in ("sdpa", "flash"))
+    assert flash - dense == LAYERS * 2 * SEQ * SEQ * 4 * (24 - 8)
 
 
 @pytest.mark.nightly
@@ -174,13 +182,14 @@ def test_a_transformers_model_checkpoints_itself(llama: str, plain: Profile) -> 
 
 
 @pytest.mark.parametrize("kind", ["reentrant", "non-reentrant"])
-def test_adapted_and_checkpointed_models_are_folded_as_they_run(kind: Any) -> None:
+def test_adapted_and_checkpointed_models_are_folded_as_they_run(kind: Any, tmp_path: Path) -> None:
+    target = written(tmp_path, "vit", "ViTForImageClassification", image_size=32, patch_size=8, num_labels=5)
     how: Any = {"lora": "r=4,targets=all-linear", "checkpointing": kind, "frozen": ["*.lora_A.*"]}
-    folded, every = (counted("vit-base-patch16", seq=None, fold=fold, **how) for fold in (True, False))
+    folded, every = (counted(target, seq=None, fold=fold, **how) for fold in (True, False))
     assert folded.by_phase() == every.by_phase()
     assert folded.by_module() == every.by_module()
     adapters = {name for name in folded.by_parameter("backward") if "lora_B" in name}
-    assert len(adapters) == 12 * 6 + 1  # reentrant ones too: the first block's input is made to want a gradient
+    assert len(adapters) == LAYERS * 6 + 1  # reentrant ones too: the first block's input is made to want a gradient
 
 
 def test_the_heading_says_training_mode() -> None:

@@ -265,7 +265,10 @@ def test_experts_may_have_company_in_their_container() -> None:
     assert [sum(row.tokens) for row in count(Company(), torch.randn(TOKENS, D)).routing] == [K * TOKENS]
 
 
-@pytest.mark.parametrize("kind", MODELS)
+LONG = ("JetMoe", "NllbMoe")
+
+
+@pytest.mark.parametrize("kind", [pytest.param(k, marks=pytest.mark.nightly if k in LONG else ()) for k in MODELS])
 def test_told_what_a_transformers_model_did_meta_counts_it(kind: str, tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     config = getattr(transformers, f"{kind}Config")(**{**SMALL, **MODELS[kind]})
