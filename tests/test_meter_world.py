@@ -18,8 +18,9 @@ from flopprof import Meter
 from flopprof.errors import FlopprofError, UsageError
 from flopprof.meter import records
 from flopprof.meter.figures import StepRecord, figures
+from flopprof.meter.ranks import path_of_rank
 from flopprof.meter.runs import run_of, world_of_runs
-from flopprof.meter.world import RankReport, World, path_of_rank, world_of
+from flopprof.meter.world import RankReport, World, world_of
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 needs_gloo = pytest.mark.skipif(

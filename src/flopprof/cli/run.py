@@ -93,7 +93,7 @@ def run(
     require_writable(json)
     require_writable(records)
     program = _module(script, arguments or []) if module else _file(script, arguments or [])
-    from flopprof.meter.world import place_of_process
+    from flopprof.meter.ranks import place_of_process
 
     first = place_of_process()[0] == 0  # of several ranks only this one speaks
     given = _peak(peak, hardware)

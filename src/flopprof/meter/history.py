@@ -14,11 +14,11 @@ from flopprof.meter.conventions import Teller, teller
 from flopprof.meter.figures import Figures, StepRecord, figures, flops_by_rate, timed
 from flopprof.meter.peaks import Peaks
 from flopprof.meter.places import Done
+from flopprof.meter.ranks import path_of_rank, place_of_process
 from flopprof.meter.recorder import OpenStep, Recorder
 from flopprof.meter.records import SCHEMA, RecordWriter, RunPeaks, RunStart
 from flopprof.meter.summary import Summary, over_peak
 from flopprof.meter.work import Work
-from flopprof.meter.world import path_of_rank, place_of_process
 from flopprof.profile import Attention
 
 _MOST_KINDS = 1 << 14

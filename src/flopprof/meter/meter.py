@@ -299,13 +299,13 @@ class Meter:
 
         Raises FlopprofError where a rank does not answer.
         """
-        from flopprof.meter import world
+        from flopprof.meter import ranks, world
 
-        rank, _size = world.place_of_process()
+        rank, _size = ranks.place_of_process()
         report = world.rank_report(
-            self.summary(), rank=rank, host=world.host(), shared_data=world.shares_data(self.models)
+            self.summary(), rank=rank, host=ranks.host(), shared_data=ranks.shares_data(self.models)
         )
-        return world.gather(report, group=group, data_parallel=data_parallel)
+        return ranks.gather(report, group=group, data_parallel=data_parallel)
 
     def _settle(self, *, wait: bool = False) -> None:
         """Make records of the steps that the device is past, in order."""
