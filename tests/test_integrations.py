@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
+from transformers import TrainerCallback
 
 from flopprof import Meter
 from flopprof.errors import UsageError
@@ -82,9 +83,7 @@ def by_track(accumulated: int, tmp_path: Path) -> Meter:
 
 
 def by_script(accumulated: int, tmp_path: Path) -> Meter:
-    script = Script(lambda: Contiguous(peak=1e12))
-    script.install()
-    try:
+    def train() -> None:
         model = Net()
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
         for number, batch in enumerate(batches(accumulated=accumulated), 1):
@@ -92,10 +91,8 @@ def by_script(accumulated: int, tmp_path: Path) -> Meter:
             if number % accumulated == 0:
                 optimizer.step()
                 optimizer.zero_grad()
-    finally:
-        script.remove()
-    assert script.meter is not None
-    return script.meter
+
+    return scripted(train)
 
 
 def by_accelerate(accumulated: int, tmp_path: Path) -> Meter:
@@ -196,8 +193,30 @@ def by_lightning(accumulated: int, tmp_path: Path) -> Meter:
     return callback.meter
 
 
+def around_trainer(accumulated: int, tmp_path: Path) -> Meter:
+    return scripted(lambda: trainer_of(tmp_path, TrainerCallback(), accumulated=accumulated).train())
+
+
+def around_lightning(accumulated: int, tmp_path: Path) -> Meter:
+    trainer = lightning_trainer(tmp_path, pl.Callback(), accumulate_grad_batches=accumulated)
+    return scripted(lambda: trainer.fit(lightning_module(), batches(accumulated=accumulated), batches(1)))
+
+
+def scripted(train: Any) -> Meter:
+    script = Script(lambda: Contiguous(peak=1e12))
+    script.install()
+    try:
+        train()
+    finally:
+        script.remove()
+    assert script.meter is not None
+    return script.meter
+
+
 @pytest.mark.parametrize("accumulated", [1, 2])
-@pytest.mark.parametrize("run", [by_track, by_script, by_accelerate, by_trainer, by_lightning])
+@pytest.mark.parametrize(
+    "run", [around_trainer, around_lightning, by_track, by_script, by_accelerate, by_trainer, by_lightning]
+)
 def test_the_same_run_gives_the_same_flops(run: Any, accumulated: int, tmp_path: Path) -> None:
     meter = run(accumulated, tmp_path)
     found = flops(meter)
@@ -214,8 +233,6 @@ def test_the_same_run_gives_the_same_flops(run: Any, accumulated: int, tmp_path:
 
 # --- the trainers' own logs ------------------------------------------------------------------------------------------
 def test_the_trainers_log_holds_the_figures_for_every_reporter(tmp_path: Path) -> None:
-    from transformers import TrainerCallback
-
     from flopprof.integrations.transformers import FlopprofCallback
 
     class Reporter(TrainerCallback):

@@ -215,6 +215,8 @@ class Script:
         meter.start_step()
         tracker = meter._recorder.tracker
         tracker._enter(tracker._alone.child(("script",)).start(()), None)
+        if self._inside:  # in a closure that an optimizer runs
+            meter._recorder.stepped(self._inside[0], closure=True, over=False)
 
     def _compiling(self, original: Callable[..., Any]) -> Callable[..., Any]:
         """torch.compile, whose functions tell of their calls: inside them, nothing else does."""
@@ -282,11 +284,14 @@ class Script:
     def _after(self, optimizer: torch.optim.Optimizer, _args: Any, _kwargs: Any) -> None:
         if torch.compiler.is_compiling() or self._compiled_step:
             return
-        if _node() is not None or self._thread != _thread():
-            if self._thread:  # each parameter's own, as its gradient arrives
-                self._in_backward = optimizer
-                if self.meter is not None and self.meter._open is not None:
-                    self.meter._open.optimizer_steps += 1
+        if (
+            _node() is not None and self._thread
+        ):  # each parameter's own, as its gradient arrives; on a GPU in its thread
+            self._in_backward = optimizer
+            if self.meter is not None and self.meter._open is not None:
+                self.meter._open.optimizer_steps += 1
+            return
+        if self._thread != _thread():
             return
         while self._inside and self._inside.pop() is not optimizer:
             pass
