@@ -15,7 +15,7 @@ from flopprof.meter.figures import Figures, StepRecord, figures, flops_by_rate, 
 from flopprof.meter.peaks import Peaks
 from flopprof.meter.places import Done
 from flopprof.meter.ranks import path_of_rank, place_of_process
-from flopprof.meter.recorder import OpenStep, Recorder
+from flopprof.meter.recorder import NO_PAUSES, OpenStep, Recorder
 from flopprof.meter.records import SCHEMA, RecordWriter, RunPeaks, RunStart
 from flopprof.meter.summary import Summary, over_peak
 from flopprof.meter.work import Work
@@ -89,11 +89,14 @@ class History:
     # --- records -----------------------------------------------------------------------------------------------------
     def add(self, step: OpenStep, sizes: tuple[Any, Any], *, wait: bool) -> bool:
         """The record of a step; False where the device is not past it yet."""
-        times = self._recorder.times(step, wait=wait)
-        if times is None:
-            return False
-        whole, evaluation, paused = times
-        if paused or evaluation:
+        end = step.end
+        if type(end) is float and not step.spans:
+            whole, evaluation, paused = end - step.start, 0.0, NO_PAUSES
+        else:
+            times = self._recorder.times(step, wait=wait)
+            if times is None:
+                return False
+            whole, evaluation, paused = times
             whole = max(whole - evaluation - sum(paused.values()), 0.0)
         kind = self._kinds.get(step.segments)
         if kind is None or step.left_out or step.unseen or self._corrections != self._recorder.tracker.corrections:

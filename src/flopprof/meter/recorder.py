@@ -314,8 +314,7 @@ class Recorder:
     # --- read later --------------------------------------------------------------------------------------------------
     def times(self, step: OpenStep, *, wait: bool) -> tuple[float, float, dict[str, float]] | None:
         """(seconds in all, of evaluation, of each pause); None where the device is not past the step yet."""
-        start, end = step.start, step.end
-        whole = end - start if type(end) is float else self.timer.seconds(start, end, wait=wait)
+        whole = self.timer.seconds(step.start, step.end, wait=wait)
         if whole is None:
             return None
         if not step.spans:

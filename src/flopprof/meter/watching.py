@@ -101,13 +101,15 @@ class _Engine:
 def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     if _listeners and not _compiling() and _node() is None:  # else in a backward: part of it
         closure = (len(args) > 1 or bool(kwargs)) and has_closure(args, kwargs)
+        if closure:
+            instruments.see_closures()
         for listener in _listeners:
             if listener.thread == _thread():
                 listener.stepped(optimizer, closure=closure, over=False)
 
 
 def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    if _listeners and (len(args) > 1 or kwargs) and not _compiling() and has_closure(args, kwargs):
+    if _listeners and not _compiling() and has_closure(args, kwargs):
         for listener in _listeners:
             if listener.thread == _thread():
                 listener.stepped(optimizer, closure=True, over=True)
@@ -124,6 +126,7 @@ class _Instruments:
     def __init__(self) -> None:
         self._lock = threading.RLock()
         self._users = 0
+        self._closures = False
         self._handles: list[Any] = []
         self._engine: _Engine | None = None
         self.compilations = 0
@@ -135,11 +138,15 @@ class _Instruments:
             if self._users == 1:
                 self._engine = _Engine(Variable._execution_engine)
                 Variable._execution_engine = self._engine  # type: ignore[assignment]  # stands in for it
-                self._handles = [
-                    register_optimizer_step_pre_hook(_before_step),
-                    register_optimizer_step_post_hook(_after_step),
-                ]
+                self._handles = [register_optimizer_step_pre_hook(_before_step)]
+                self._closures = False
                 self._compiler.install()
+
+    def see_closures(self) -> None:
+        """An optimizer is given a closure: the end of its step matters, too, which else is not looked at."""
+        if not self._closures and self._handles:
+            self._closures = True
+            self._handles.append(register_optimizer_step_post_hook(_after_step))
 
     def release(self) -> None:
         with self._lock:
