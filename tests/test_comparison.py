@@ -152,6 +152,29 @@ def test_checkpointed_blocks_keep_their_inputs_alone(reentrant: bool | None, ele
     assert held.activations == 3 * 4 * elements
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("train", [False, True])
+def test_meta_holds_what_the_cpu_holds(train: bool, dtype: torch.dtype) -> None:
+    class Normed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.batch = nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6)
+            self.layer, self.up = nn.LayerNorm([6, 8, 8]), nn.Linear(6 * 64, 10)
+            self.last = nn.LayerNorm(10, elementwise_affine=False)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.layer(self.batch(self.conv(x)).sigmoid())
+            return self.last(self.up(x.flatten(1)))
+
+    model = Normed().to(dtype).train(train)
+    here = training_memory(model, (torch.zeros(2, 3, 8, 8, dtype=dtype),), {})
+    there = training_memory(model.to("meta"), (torch.zeros(2, 3, 8, 8, dtype=dtype, device="meta"),), {})
+    assert here == there
+    # input, convolution, sigmoid, layer norm, its last product, statistics of each row and of each channel in training
+    held = 2 * 3 * 64 + 3 * 2 * 6 * 64 + 2 * 10 + 2 * 2 * 2 + (2 * 6 if train else 0)
+    assert here.activations == dtype.itemsize * held
+
+
 def test_what_is_frozen_has_no_gradient_and_no_optimizer_state() -> None:
     model = net()
     model[0].requires_grad_(False)
