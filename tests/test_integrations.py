@@ -17,7 +17,8 @@ from transformers import TrainerCallback
 from flopprof import Meter
 from flopprof.errors import UsageError
 from flopprof.integrations.tensorboard import scalars
-from flopprof.meter.script import Contiguous, Script
+from flopprof.meter.contiguous import Contiguous
+from flopprof.meter.script import Script
 
 # What the trainers' packages themselves warn of.
 pytestmark = [

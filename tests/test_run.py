@@ -7,7 +7,7 @@ import gc
 import pickle
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import pytest
@@ -16,7 +16,8 @@ from torch import nn
 from torch.optim import optimizer as optimizers
 from torch.utils.data import DataLoader, TensorDataset
 
-from flopprof.meter.script import Contiguous, Script
+from flopprof.meter.contiguous import Contiguous
+from flopprof.meter.script import Script
 
 # A linear layer without a bias, n rows, a inputs, b outputs: 2nab forward, as much again for its weight's gradient.
 N, A, B = 4, 8, 16
@@ -369,6 +370,45 @@ def test_training_that_turns_to_another_device_begins_anew() -> None:
     assert flops(found) == [2 * FORWARD] * 3
 
 
+def test_a_counter_of_the_scripts_own_may_end_in_mid_step() -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model = linear()
+    with script() as found:
+        optimizer = sgd(model)
+        for number in range(8):
+            with FlopCounterMode(display=False) if number in (0, 3, 4) else nullcontext() as counter:
+                train(model, optimizer, N + (number == 4))
+            if counter is not None:
+                assert counter.get_total_flops() == 2 * FORWARD * (N + (number == 4)) // N
+            model(torch.randn(N, A)).sum().backward()
+    # From the second step on there is one more forward and backward; the one with other rows is never counted.
+    assert flops(found)[1:4] == [4 * FORWARD] * 3
+    assert flops(found)[6:] == [4 * FORWARD] * 2
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_tracing_and_exporting_in_between_are_no_part_of_a_step() -> None:
+    model = linear()
+    with script() as found:
+        optimizer = sgd(model)
+        for number in range(6):
+            train(model, optimizer)
+            if number == 1:
+                traced = torch.jit.trace(model, torch.randn(N, A))
+                exported = torch.export.export(model, (torch.randn(N, A),))
+        scripted = torch.jit.script(nn.Sequential(linear()))
+        optimizer = sgd(scripted)
+        for _ in range(3):
+            train(scripted, optimizer)
+    # Where one optimizer takes over from another, their two steps could be a pair in turn: they are one.
+    assert flops(found) == [2 * FORWARD] * 5 + [4 * FORWARD] + [2 * FORWARD] * 2
+    x = torch.randn(N, A)
+    assert torch.equal(traced(x), model(x))
+    assert torch.equal(exported.module()(x), model(x))
+    assert "tracing" in found.summary().rows
+
+
 def test_another_thread_is_left_alone() -> None:
     import threading
 
@@ -396,6 +436,7 @@ def test_everything_is_as_it_was() -> None:
 
     places: list[tuple[Any, str]] = [
         *((torch, name) for name in ("compile", "save")),
+        (torch.jit, "trace"),
         (torch.amp.GradScaler, "step"),
         (loaders.DataLoader, "__iter__"),
         (loaders._BaseDataLoaderIter, "__next__"),

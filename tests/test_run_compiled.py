@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from flopprof.meter.script import Contiguous, Script
+from flopprof.meter.contiguous import Contiguous
+from flopprof.meter.script import Script
 
 # As the compiler itself warns.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")

@@ -18,7 +18,8 @@ from flopprof.cli.output import require_writable, write_text
 from flopprof.errors import FlopprofError, UsageError
 
 if TYPE_CHECKING:
-    from flopprof.meter.script import Contiguous, Script
+    from flopprof.meter.contiguous import Contiguous
+    from flopprof.meter.script import Script
 
 _FIGURES = "What it is held against"
 _REPORT = "What is printed"
@@ -99,7 +100,7 @@ def run(
     given = _peak(peak, hardware)
 
     def make() -> Contiguous:
-        from flopprof.meter.script import Contiguous as Made
+        from flopprof.meter.contiguous import Contiguous as Made
 
         return Made(peak=given, attention=attention, convention=convention, records=records)
 
@@ -213,7 +214,7 @@ def _without_us(error: BaseException, seen: set[int]) -> None:
         if not step.tb_frame.f_code.co_filename.startswith(_PACKAGE):
             kept.append(step)
         step = step.tb_next
-    for one, following in zip(kept, [*kept[1:], None], strict=True):
+    for one, following in zip(kept, [*kept[1:], None], strict=False):
         one.tb_next = following
     error.__traceback__ = kept[0] if kept else None
     for other in (error.__cause__, error.__context__):

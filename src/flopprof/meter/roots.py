@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 _node = torch._C._current_autograd_node
 _thread = threading.get_ident
+_tracing = torch._C._is_tracing
 _modes = torch._C._len_torch_dispatch_stack
 _armed = _modules._global_forward_pre_hooks
 _KEY = -1  # a number that torch gives to no hook
@@ -97,7 +98,7 @@ class Roots:
             self.arm()
 
     def _before(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None) -> None:
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or _tracing():
             return
         if self._thread != _thread() or type(module) in _ARITHMETIC or _node() is not None:
             return
@@ -152,7 +153,8 @@ class FoundRoot(Root):
     @property
     def module(self) -> torch.nn.Module:
         """The module; an empty one when it is gone."""
-        return self._ref() or _Gone()
+        module = self._ref()
+        return _Gone() if module is None else module
 
     @module.setter
     def module(self, module: torch.nn.Module) -> None:

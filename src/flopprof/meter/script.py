@@ -22,89 +22,14 @@ from torch.optim import optimizer as optimizers
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils.data import dataloader
 
-from flopprof.counting.imports import replaced
-from flopprof.meter.meter import Meter
-from flopprof.meter.recorder import OpenStep
-from flopprof.meter.roots import CompiledFunction, Finder, Roots, go_on, move
+from flopprof.counting.imports import WhenImported, replaced
+from flopprof.meter.contiguous import RECOUNT_WITHOUT_CALLS, Contiguous
+from flopprof.meter.roots import CompiledFunction, Finder, Roots, move
 from flopprof.meter.summary import Summary
 from flopprof.meter.watching import instruments
 
 _node = torch._C._current_autograd_node
 _thread = threading.get_ident
-# A step without a call of a module is told from others by little: so often it is counted again.
-_RECOUNT_WITHOUT_CALLS = 8
-
-
-class Contiguous(Meter):
-    """A meter whose steps follow each other without a gap; the latest may prove to be a part of a longer one."""
-
-    _undecided = 0  # of the latest steps, so many wait
-
-    def boundary(self, found: Finder) -> None:
-        """An optimizer has stepped: what comes next may belong to this step, or to the next one."""
-        self._undecided += 1
-        self.end_step()
-        if self._undecided == 2:
-            second, first = self._late.pop(), self._late.pop()
-            self._late.append(_joined(first, second))
-            self._begun -= 1
-            self._undecided = 1
-        step = self._late[-1]
-        if not step.calls and step.number % _RECOUNT_WITHOUT_CALLS == 0:
-            self._recorder.tracker.from_start = True
-        self.start_step()
-
-    def decide(self) -> bool:
-        """The latest step is over. False: that was known."""
-        if not self._undecided:
-            return False
-        self._undecided = 0
-        if self._history.writes or len(self._late) >= 64:
-            self._settle()
-        return True
-
-    def fits(self, parameter: torch.Tensor) -> bool:
-        """Is what is trained where it was thought to be, or is it too late to ask?"""
-        return bool(self._late or self._history.records) or str(parameter.device) == self.device
-
-    def aside(self, name: str, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """The result of a call whose time is a row of its own, and after which the step goes on as before it."""
-        recorder = self._recorder
-        tracker, timer, step = recorder.tracker, recorder.timer, self._open
-        if step is None or recorder._span is not None:
-            return call(*args, **kwargs)
-        counted = tracker.counter is not None
-        if counted:
-            tracker.interrupt()
-        start = timer.mark()
-        try:
-            return call(*args, **kwargs)
-        finally:
-            step.spans = (*step.spans, (name, start, timer.mark()))
-            go_on(tracker, name, counted=counted)
-
-    def drop(self) -> None:
-        """The step under way will not end."""
-        step, self._open = self._open, None
-        if step is not None:
-            self._recorder.close(step, failed=True)
-            self._begun -= 1
-
-    def _settle(self, *, wait: bool = False) -> None:
-        held = [self._late.pop() for _ in range(min(self._undecided, len(self._late)))]
-        super()._settle(wait=wait)
-        self._late.extend(reversed(held))
-
-
-def _joined(first: OpenStep, second: OpenStep) -> OpenStep:
-    """Two steps that were one."""
-    second.number, second.start = first.number, first.start
-    for name in ("calls", "optimizer_steps", "tokens", "samples", "other_tokens", "other_samples", "data_wait_s"):
-        setattr(second, name, getattr(first, name) + getattr(second, name))
-    for name in ("segments", "spans", "unpadded", "left_out"):
-        setattr(second, name, getattr(first, name) + getattr(second, name))
-    second.unseen |= first.unseen
-    return second
 
 
 class Script:
@@ -142,7 +67,12 @@ class Script:
             replaced(GradScaler, "step", self._scaled(GradScaler.step)),
             replaced(torch, "compile", self._compiling(torch.compile)),
             replaced(torch, "save", self._outside("saving", torch.save)),
+            replaced(torch.jit, "trace", self._outside("tracing", torch.jit.trace)),
         ]
+        for name in ("torch.export", "torch.onnx"):
+            exporter = WhenImported(name, lambda module: replaced(module, "export", self._exporting(module)))
+            exporter.install()
+            self._undo.append(exporter.remove)
         loader: Any = dataloader.DataLoader
         batches: Any = dataloader._BaseDataLoaderIter
         self._undo += [
@@ -191,12 +121,14 @@ class Script:
             return summary
         note = (
             f"{without} steps call no module: what they multiply was counted in every "
-            f"{_RECOUNT_WITHOUT_CALLS}th of them, and is taken to be the same in the others."
+            f"{RECOUNT_WITHOUT_CALLS}th of them, and is taken to be the same in the others."
         )
         return msgspec.structs.replace(summary, notes=(*summary.notes, note))
 
     # --- modules -----------------------------------------------------------------------------------------------------
     def _called(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        if self._aside:
+            return
         if self._in_backward is not None:
             self._step_over(self._in_backward)
         if self.meter is None:
@@ -331,7 +263,7 @@ class Script:
             self._begin(first)
             return
         self._seen[id(first)] = weakref.ref(first)
-        self.meter.boundary(self._finder)
+        self.meter.boundary()
 
     def _scaled(self, original: Callable[..., Any]) -> Callable[..., Any]:
         """GradScaler.step: where it skips the optimizer's, the step ends all the same."""
@@ -348,6 +280,9 @@ class Script:
         return step
 
     # --- beside the step ---------------------------------------------------------------------------------------------
+    def _exporting(self, module: Any) -> Callable[..., Any]:
+        return self._outside("tracing", module.export)
+
     def _outside(self, name: str, original: Callable[..., Any]) -> Callable[..., Any]:
         """A function whose time is a row of its own, and whose products are none of the step's."""
 

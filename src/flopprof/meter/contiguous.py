@@ -1,0 +1,99 @@
+"""A meter whose steps follow each other without a gap, and are told to have ended only by what comes after."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from flopprof.meter.meter import Meter
+from flopprof.meter.recorder import OpenStep
+from flopprof.meter.roots import go_on
+
+_modes = torch._C._len_torch_dispatch_stack
+_nodes_made = torch._C._autograd._get_sequence_nr
+# A step without a call of a module is told from others by little: so often it is counted again.
+RECOUNT_WITHOUT_CALLS = 8
+
+
+class Contiguous(Meter):
+    """A meter whose steps follow each other without a gap; the latest may prove to be a part of a longer one."""
+
+    _undecided = 0  # of the latest steps, so many wait
+
+    def start_step(self, batch: Any = None, *, data_wait_s: float = 0.0) -> None:
+        """As a meter does; inside a dispatch mode of the script's own, which may end in mid-step, none is opened."""
+        others, tracker = _modes(), self._recorder.tracker
+        super().start_step(batch, data_wait_s=data_wait_s)
+        tracker._modes = 0
+        if others and tracker.counter is not None:
+            tracker._leave()
+            tracker.from_start = True
+
+    def boundary(self) -> None:
+        """An optimizer has stepped: what comes next may belong to this step, or to the next one."""
+        self._undecided += 1
+        self.end_step()
+        if self._undecided == 2:
+            second, first = self._late.pop(), self._late.pop()
+            self._late.append(_joined(first, second))
+            self._begun -= 1
+            self._undecided = 1
+        step = self._late[-1]
+        if not step.calls and step.number % RECOUNT_WITHOUT_CALLS == 0:
+            self._recorder.tracker.from_start = True
+        self.start_step()
+
+    def decide(self) -> bool:
+        """The latest step is over. False: that was known."""
+        if not self._undecided:
+            return False
+        self._undecided = 0
+        if self._history.writes or len(self._late) >= 64:
+            self._settle()
+        return True
+
+    def fits(self, parameter: torch.Tensor) -> bool:
+        """Is what is trained where it was thought to be, or is it too late to ask?"""
+        return bool(self._late or self._history.records) or str(parameter.device) == self.device
+
+    def aside(self, name: str, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """The result of a call whose time is a row of its own, and after which the step goes on as before it."""
+        recorder = self._recorder
+        tracker, timer, step = recorder.tracker, recorder.timer, self._open
+        if step is None or recorder._span is not None:
+            return call(*args, **kwargs)
+        counted = tracker.counter is not None
+        if counted:
+            tracker.interrupt()
+        start, made = timer.mark(), _nodes_made()
+        try:
+            return call(*args, **kwargs)
+        finally:
+            step.spans = (*step.spans, (name, start, timer.mark()))
+            tracker._made += _nodes_made() - made  # they tell nothing of the step
+            go_on(tracker, name, counted=counted)
+
+    def drop(self) -> None:
+        """The step under way will not end."""
+        step, self._open = self._open, None
+        if step is not None:
+            self._recorder.close(step, failed=True)
+            self._begun -= 1
+
+    def _settle(self, *, wait: bool = False) -> None:
+        held = [self._late.pop() for _ in range(min(self._undecided, len(self._late)))]
+        super()._settle(wait=wait)
+        self._late.extend(reversed(held))
+
+
+def _joined(first: OpenStep, second: OpenStep) -> OpenStep:
+    """Two steps that were one."""
+    second.number, second.start = first.number, first.start
+    for name in ("calls", "optimizer_steps", "tokens", "samples", "other_tokens", "other_samples", "data_wait_s"):
+        setattr(second, name, getattr(first, name) + getattr(second, name))
+    for name in ("segments", "spans", "unpadded", "left_out"):
+        setattr(second, name, getattr(first, name) + getattr(second, name))
+    second.unseen |= first.unseen
+    return second
