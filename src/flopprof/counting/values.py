@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map
 
 from flopprof.counting import guesses
 from flopprof.counting.operators import base_name
-from flopprof.counting.values_answers import Call, answer, forge, higher, read
+from flopprof.counting.values_answers import Call, answer, forge, gathered, higher, read
 from flopprof.counting.values_inputs import holds_numbers, moved, needs_values, on_meta, remember, remembered
 from flopprof.counting.values_lists import Lists
 from flopprof.counting.values_plans import Plan, labelled, leaves_meta, on_cpu, tensors_in
@@ -178,7 +178,7 @@ class Values(TorchDispatchMode):
 
     def learn(self, tensor: torch.Tensor, data: Any) -> None:
         """A meta tensor was made of Python numbers."""
-        if not self._fits(tensor) or self.store.get(tensor) is not None:
+        if not self.fits(tensor) or self.store.get(tensor) is not None:
             return
         said: set[str] = set()
 
@@ -221,7 +221,7 @@ class Values(TorchDispatchMode):
             try:
                 out = func(*args, **kwargs)
             except RuntimeError as error:
-                args, kwargs = self._gathered(plan, args, kwargs, error)
+                args, kwargs = gathered(self, plan, args, kwargs, error)
                 out = func(*args, **kwargs)
             if plan.writes:
                 self.forget(plan, args, kwargs)
@@ -240,30 +240,11 @@ class Values(TorchDispatchMode):
         except RuntimeError as error:
             if call.lowered is not None and not plan.writes:  # no kernel for meta
                 return forge(self, call)
-            args, kwargs = self._gathered(plan, args, kwargs, error)
+            args, kwargs = gathered(self, plan, args, kwargs, error)
             out = func(*args, **kwargs)
         if not self.compute(call, out):
             self.forget(plan, args, kwargs)
         return out
-
-    def _gathered(self, plan: Plan, args: Any, kwargs: Any, error: RuntimeError) -> tuple[Any, Any]:
-        """The same arguments, all on meta, where some were real: a model that makes tensors on the CPU runs there."""
-        if "device" not in str(error) or any(not tensor.is_meta for tensor in plan.written(args, kwargs)):
-            raise error
-
-        def move(leaf: torch.Tensor) -> torch.Tensor:
-            if leaf.device.type != "cpu":
-                return leaf
-            with aside():
-                made: torch.Tensor = _aten.empty_strided.default(
-                    leaf.size(), leaf.stride(), dtype=leaf.dtype, device="meta"
-                )
-                if self._fits(made):
-                    self.store.bind(made, leaf, _NOTHING, labels=False)
-            return made
-
-        moved_args, moved_kwargs = tree_map_only(_Tensor, move, (args, kwargs))
-        return moved_args, moved_kwargs
 
     # --- what is known of the operands ------------------------------------------------------------------------------
     def fact(self, tensor: torch.Tensor) -> Fact | None:
@@ -283,7 +264,8 @@ class Values(TorchDispatchMode):
         """Are floats worth following? In a backward no model asks for them, but where it runs forward again."""
         return not self._in_backward()
 
-    def _fits(self, tensor: torch.Tensor) -> bool:
+    def fits(self, tensor: torch.Tensor) -> bool:
+        """Is a tensor worth carrying values, within the budget?"""
         if not fits(tensor, floats=self.floats()):
             return False
         if is_large(tensor):
@@ -351,7 +333,7 @@ class Values(TorchDispatchMode):
             return False
         plan = call.plan
         results = [leaf for leaf in tree_leaves(out) if isinstance(leaf, _Tensor) and leaf.is_meta]
-        fitting = [self._fits(result) for result in results]
+        fitting = [self.fits(result) for result in results]
         if not any(fitting):
             return False
         with aside():
@@ -382,7 +364,7 @@ class Values(TorchDispatchMode):
 
     def _filled(self, plan: Plan, func: Any, args: Any, kwargs: Any) -> Any:
         out = func(*args, **kwargs)
-        if isinstance(out, _Tensor) and out.is_meta and self._fits(out):
+        if isinstance(out, _Tensor) and out.is_meta and self.fits(out):
             value: Any = plan.filled[0]  # type: ignore[index]
             if isinstance(value, tuple):
                 value = args[value[0]] if len(args) > value[0] else kwargs["fill_value"]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from flopprof.counting.values_plans import Plan, tensors_in
 from flopprof.counting.values_store import Fact, aside, fits
@@ -86,6 +86,27 @@ def forge(values: Values, call: Call) -> Any:
 
     with aside():
         return tree_map(put, call.func(*args, **kwargs))
+
+
+def gathered(values: Values, plan: Plan, args: Any, kwargs: Any, error: RuntimeError) -> Any:
+    """(args, kwargs), all on meta where some were real: a model that makes tensors on the CPU runs there.
+
+    Raises `error` where that is not what it complains of, or a real tensor would be written to.
+    """
+    if "device" not in str(error) or any(not tensor.is_meta for tensor in plan.written(args, kwargs)):
+        raise error
+
+    def move(leaf: torch.Tensor) -> torch.Tensor:
+        if leaf.device.type != "cpu":
+            return leaf
+        with aside():
+            empty = _aten.empty_strided.default
+            made: torch.Tensor = empty(leaf.size(), leaf.stride(), dtype=leaf.dtype, device="meta")
+            if values.fits(made):
+                values.store.bind(made, leaf, frozenset(), labels=False)
+        return made
+
+    return tree_map_only(torch.Tensor, move, (args, kwargs))
 
 
 def _is_huge(call: Call) -> bool:
