@@ -50,8 +50,7 @@ class Contiguous(Meter):
         if not self._undecided:
             return False
         self._undecided = 0
-        if self._history.writes or len(self._late) >= 64:
-            self._settle()
+        self._settle_soon()
         return True
 
     def fits(self, parameter: torch.Tensor) -> bool:

@@ -67,9 +67,9 @@ class History:
         self._energy = _Energy(device)
 
     @property
-    def writes(self) -> bool:
-        """Is there a file?"""
-        return self._path is not None
+    def at_once(self) -> bool:
+        """Must the record of each step be made when it ends: for the file, or to know where energy is counted from?"""
+        return self._path is not None or self._energy.starts
 
     def move(self, device: str) -> None:
         """The models are on another device than was thought."""

@@ -6,7 +6,7 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import torch
@@ -17,13 +17,16 @@ from flopprof.meter.history import History
 from flopprof.meter.peaks import Given, Peaks
 from flopprof.meter.recorder import OpenStep, Recorder
 from flopprof.meter.summary import Summary
-from flopprof.meter.timing import CudaTimer, HostTimer, Timer
+from flopprof.meter.timing import timer_for
 from flopprof.profile import Attention
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
     from flopprof.meter.world import World
+
+# Records of steps are made so many at a time, where nobody waits for one: each alone finds its code out of the caches.
+_TOGETHER = 64
 
 T = TypeVar("T")
 P = ParamSpec("P")
@@ -90,7 +93,7 @@ class Meter:
         self.device = _device_of(models)
         self._sizes: tuple[Any, Any] = tokens, samples
         self._clock = clock or time.perf_counter
-        self._recorder = Recorder(models, attention, _timer(self._clock, self.device))
+        self._recorder = Recorder(models, attention, timer_for(self.device, self._clock))
         self._history = History(
             self._recorder,
             Peaks(peak, self.device),
@@ -137,16 +140,9 @@ class Meter:
             if line is not None:
                 line.close()
 
-    @contextmanager
-    def step(self, batch: Any = None) -> Iterator[None]:
+    def step(self, batch: Any = None) -> AbstractContextManager[None]:
         """One step; an exception leaves it out of every figure. batch: what tokens= and samples= are read off."""
-        self.start_step(batch)
-        try:
-            yield
-        except BaseException:
-            self.end_step(failed=True)
-            raise
-        self.end_step()
+        return _Step(self, batch)
 
     def wrap(self, function: Callable[P, R]) -> Callable[P, R]:
         """The function, each call of which is one step."""
@@ -193,7 +189,7 @@ class Meter:
         if self.log is not None and self._begun % self.log_every == 0:
             self.log(self.metrics())
         else:
-            self._settle()
+            self._settle_soon()
 
     def _whole(self, step: OpenStep) -> bool:
         """Of a loop that was left in this step: had the step done what one does?"""
@@ -243,7 +239,7 @@ class Meter:
         if not self._recorder.models and not self._begun:
             self.device = _device_of([model])
             self._history.move(self.device)
-            self._recorder.timer = _timer(self._clock, self.device)
+            self._recorder.timer = timer_for(self.device, self._clock)
         self._recorder.add(model)
 
     # --- results -----------------------------------------------------------------------------------------------------
@@ -306,6 +302,10 @@ class Meter:
             self.summary(), rank=rank, host=ranks.host(), shared_data=ranks.shares_data(self.models)
         )
         return ranks.gather(report, group=group, data_parallel=data_parallel)
+
+    def _settle_soon(self) -> None:
+        if self._history.at_once or len(self._late) >= _TOGETHER:
+            self._settle()
 
     def _settle(self, *, wait: bool = False) -> None:
         """Make records of the steps that the device is past, in order."""
@@ -378,9 +378,19 @@ def _check(models: Iterable[Any], attention: str, **numbers: Any) -> None:
             raise UsageError(f"{name} is a whole number of at least {least}, got {value!r}.")
 
 
-def _timer(clock: Callable[[], float], device: str) -> Timer:
-    """Of a clock of one's own that clock; else a GPU's own time where there is one."""
-    return CudaTimer() if clock is time.perf_counter and device.startswith("cuda") else HostTimer(clock)
+class _Step:
+    """A step as a block; a class, because that costs a third of what a generator does."""
+
+    __slots__ = ("_batch", "_meter")
+
+    def __init__(self, meter: Meter, batch: Any) -> None:
+        self._meter, self._batch = meter, batch
+
+    def __enter__(self) -> None:
+        self._meter.start_step(self._batch)
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._meter.end_step(failed=kind is not None)
 
 
 def _device_of(models: Iterable[torch.nn.Module]) -> str:

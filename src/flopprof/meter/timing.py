@@ -49,3 +49,8 @@ class CudaTimer:
         elif not end.query():
             return None
         return float(start.elapsed_time(end)) / 1e3
+
+
+def timer_for(device: str, clock: Callable[[], float]) -> Timer:
+    """Of a clock of one's own that clock; else a GPU's own time where there is one."""
+    return CudaTimer() if clock is time.perf_counter and device.startswith("cuda") else HostTimer(clock)
