@@ -47,7 +47,17 @@ def test_python_examples_run(path: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["counting.count", "counting.runtime", "formulas", "meter.meter", "models.targets", "profile", "units"]
+    "name",
+    [
+        "compare.run",
+        "counting.count",
+        "counting.runtime",
+        "formulas",
+        "meter.meter",
+        "models.targets",
+        "profile",
+        "units",
+    ],
 )
 def test_docstring_examples_run(name: str) -> None:
     failed, _tried = doctest.testmod(importlib.import_module(f"flopprof.{name}"))
