@@ -400,7 +400,7 @@ def test_what_is_seen_through_has_no_formula() -> None:
 @pytest.mark.parametrize("limit", [4, None])
 def test_what_a_cache_remembers_from_an_earlier_call_costs_nothing(limit: int | None) -> None:
     class Ruler(nn.Module):
-        @functools.lru_cache(maxsize=limit)  # noqa: B019
+        @functools.lru_cache(maxsize=limit)
         def forward(self, length: int) -> tuple[torch.Tensor, torch.Tensor]:
             return torch.arange(length * 1.0).sin(), torch.ones(length)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -182,7 +183,8 @@ def test_a_gathered_parameter_keeps_its_name_and_the_ledger_closes(ranks: Callab
         assert all(joint.computed == joint.wanted for joint in ledger.joints)
 
 
-def test_data_parallel_in_one_process() -> None:
+def test_data_parallel_in_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # torch puts one of its own there, for good
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
     dist.init_process_group("gloo", rank=0, world_size=1)
     try:

@@ -196,13 +196,13 @@ def test_one_backward_over_several_forwards(model: Two) -> None:
 def test_a_loss_is_differentiated_or_not(model: Two) -> None:
     """The same calls, and a backward in every second step only."""
     with Meter(model) as meter:
-        for i in range(6):
+        for i in range(16):
             with meter.step():
                 loss = model(rows(2)).sum()
                 if i % 2:
                     loss.backward()
-        assert flops(meter) == [2 * 2 * EACH, 2 * TRAINED] * 3
-        assert counted(meter)[-1] <= 3
+        assert flops(meter) == [2 * 2 * EACH, 2 * TRAINED] * 8
+        assert counted(meter)[-1] <= 5  # sooner where nothing in this process was compiled
 
 
 def test_gan() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -140,10 +141,11 @@ class Collectives(TorchDispatchMode):
 
 
 @pytest.fixture
-def two_ranks() -> Iterator[Any]:
+def two_ranks(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # torch puts one of its own there, for good
     dist.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
     try:
         yield init_device_mesh("cpu", (2,))

@@ -149,7 +149,9 @@ class Names:
 def is_wrapper(module: torch.nn.Module) -> bool:
     """Does this module only wrap another (DDP, a compiled model), so that it has no name of its own?"""
     children = module._modules  # most modules have none
-    return bool(children) and (type(module).__name__ in _WRAPPERS or not _WRAPPED_ATTRIBUTES.isdisjoint(children.keys()))
+    return bool(children) and (
+        type(module).__name__ in _WRAPPERS or not _WRAPPED_ATTRIBUTES.isdisjoint(children.keys())
+    )
 
 
 def unwrap(module: torch.nn.Module) -> torch.nn.Module:

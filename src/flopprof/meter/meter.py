@@ -17,7 +17,7 @@ from flopprof.meter.history import History
 from flopprof.meter.peaks import Given, Peaks
 from flopprof.meter.recorder import OpenStep, Recorder
 from flopprof.meter.summary import Summary
-from flopprof.meter.timing import timer_for
+from flopprof.meter.timing import device_of, timer_for
 from flopprof.profile import Attention
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ class Meter:
         self.attention: Attention = attention
         self.skip, self.recount_every = skip, recount_every
         self.log, self.log_every = log, log_every
-        self.device = _device_of(models)
+        self.device = device_of(models)
         self._sizes: tuple[Any, Any] = tokens, samples
         self._clock = clock or time.perf_counter
         self._recorder = Recorder(models, attention, timer_for(self.device, self._clock))
@@ -106,6 +106,7 @@ class Meter:
         )
         self._open: OpenStep | None = None
         self._late: deque[OpenStep] = deque()
+        self._latest: Any = None  # segments of the latest step that a record was made of at once
         self._begun = 0  # steps, restarts included
         self._first = 0  # of this process
 
@@ -166,6 +167,8 @@ class Meter:
         self._begun = number + 1
         every = self.recount_every
         self._recorder.open(step, recount=every is not None and number > self._first and number % every == 0)
+        if step.left_out:  # it is counted, which may correct what is held true of the steps before it
+            self._settle()
 
     def end_step(self, *, failed: bool = False, left_early: bool = False) -> None:
         """End the step: failed ones are in no figure; one that a loop left early is, if it did what steps do."""
@@ -237,7 +240,7 @@ class Meter:
         """One more model whose calls tell steps apart."""
         _check([model], self.attention)
         if not self._recorder.models and not self._begun:
-            self.device = _device_of([model])
+            self.device = device_of([model])
             self._history.move(self.device)
             self._recorder.timer = timer_for(self.device, self._clock)
         self._recorder.add(model)
@@ -304,7 +307,10 @@ class Meter:
         return ranks.gather(report, group=group, data_parallel=data_parallel)
 
     def _settle_soon(self) -> None:
-        if self._history.at_once or len(self._late) >= _TOGETHER:
+        late = self._late
+        step = late[-1]
+        if step.segments != self._latest or step.left_out or len(late) >= _TOGETHER or self._history.at_once:
+            self._latest = step.segments
             self._settle()
 
     def _settle(self, *, wait: bool = False) -> None:
@@ -391,10 +397,3 @@ class _Step:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._meter.end_step(failed=kind is not None)
-
-
-def _device_of(models: Iterable[torch.nn.Module]) -> str:
-    for model in models:
-        for tensor in (*model.parameters(), *model.buffers()):
-            return str(tensor.device)
-    return "cpu"

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    import torch
 
 
 class Timer(Protocol):
@@ -54,3 +57,11 @@ class CudaTimer:
 def timer_for(device: str, clock: Callable[[], float]) -> Timer:
     """Of a clock of one's own that clock; else a GPU's own time where there is one."""
     return CudaTimer() if clock is time.perf_counter and device.startswith("cuda") else HostTimer(clock)
+
+
+def device_of(models: Iterable[torch.nn.Module]) -> str:
+    """Where the models live, by their first parameter or buffer."""
+    for model in models:
+        for tensor in (*model.parameters(), *model.buffers()):
+            return str(tensor.device)
+    return "cpu"
