@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,6 +17,10 @@ from torch.optim import optimizer as optimizers
 # The same examples on every machine; no deadline, because the first call of an operator is slow.
 settings.register_profile("flopprof", max_examples=25, deadline=None, derandomize=True)
 settings.load_profile("flopprof")
+
+# A shell that starts the tests in the background has them, and each command that they start, ignore Ctrl-C.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Looked up by name in the class itself: an inherited or rebound attribute is another thing.
 _FUNCTIONS = (
