@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from flopprof.cli.options import REPORT, RUN, AttentionPairs, Wanted, taken
-from flopprof.cli.output import STDOUT, console, progress, read_bytes, require_writable, write_text
+from flopprof.cli.output import STDOUT, console, progress, read_bytes, require_outputs, write_text
 from flopprof.errors import FlopprofError, UsageError
 
 if TYPE_CHECKING:
@@ -168,15 +168,7 @@ class _Files:
 
     def check(self) -> None:
         """Raises UsageError for files that cannot be written, and for two that want standard output."""
-        paths = [path for path in (self.json, self.csv, self.markdown, self.html) if path is not None]
-        if paths.count(STDOUT) > 1:
-            raise UsageError("several options ask for standard output by -: give all but one of them a file.")
-        for path in paths:
-            require_writable(path)
-        if self.html is not None:
-            from flopprof.report.html.page import require_plotly
-
-            require_plotly()
+        require_outputs(json=self.json, csv=self.csv, markdown=self.markdown, html=self.html)
 
     def write(self, comparison: Comparison) -> None:
         """Write each file, and print the tables unless a file goes to standard output."""

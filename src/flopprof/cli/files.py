@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from flopprof.cli.options import REPORT
-from flopprof.cli.output import STDOUT, require_writable, write_text
-from flopprof.errors import UnknownDevice, UsageError
+from flopprof.cli.output import STDOUT, require_outputs, write_text
+from flopprof.errors import UnknownDevice
 
 if TYPE_CHECKING:
     from flopprof.hardware import Device
@@ -37,14 +37,7 @@ class Files:
 
     def check(self) -> None:
         """Raises UsageError for files that cannot be written, and for two that want standard output."""
-        if len([path for _name, path in self._given() if path == STDOUT]) > 1:
-            raise UsageError("several options ask for standard output by -: give all but one of them a file.")
-        for _name, path in self._given():
-            require_writable(path)
-        if self.html is not None:
-            from flopprof.report.html.page import require_plotly
-
-            require_plotly()
+        require_outputs(**{field.name: getattr(self, field.name) for field in fields(self)})
 
     @property
     def take_stdout(self) -> bool:

@@ -58,6 +58,24 @@ def require_writable(path: str | None) -> None:
         raise UsageError(f"cannot write {path!r}: permission denied.")
 
 
+def require_outputs(**paths: str | None) -> None:
+    """Raises UsageError before the work: for files that cannot be written, two on standard output, no plotly for html.
+
+    paths: of every file option that the command has, by its name; None where it is not given.
+    """
+    if list(paths.values()).count(STDOUT) > 1:
+        if len(paths) > 2:
+            raise UsageError("several options ask for standard output by -: give all but one of them a file.")
+        names = " and ".join(f"--{name}" for name in paths)
+        raise UsageError(f"both {names} ask for standard output by -: give one of them a file.")
+    for path in paths.values():
+        require_writable(path)
+    if paths.get("html") is not None:
+        from flopprof.report.html.page import require_plotly
+
+        require_plotly()
+
+
 def read_bytes(path: str) -> bytes:
     """What a file holds; `-` is standard input. Raises UsageError where it cannot be read."""
     if path == STDOUT:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from flopprof.cli.options import Traceback
-from flopprof.cli.output import STDOUT, console, progress, require_writable, write_text
+from flopprof.cli.output import STDOUT, console, progress, require_outputs, write_text
 from flopprof.errors import UsageError
 from flopprof.units import parse_count, parse_share
 
@@ -197,16 +197,9 @@ def plan(
 ) -> None:
     """Plan training or serving: from some of model, tokens, FLOPs, devices, days, money and MFU, the rest."""
     ctx.meta["flopprof.traceback"] = traceback
-    if json == html == STDOUT:
-        raise UsageError("both --json and --html ask for standard output by -: give one of them a file.")
-    for path in (json, html):
-        require_writable(path)
-    if html is not None:
-        if published or mesh is not None:
-            raise UsageError(f"--html draws one plan, without {'--published' if published else '--mesh'}.")
-        from flopprof.report.html.page import require_plotly
-
-        require_plotly()
+    if html is not None and (published or mesh is not None):
+        raise UsageError(f"--html draws one plan, without {'--published' if published else '--mesh'}.")
+    require_outputs(json=json, html=html)
     if published:
         _published(json)
         return

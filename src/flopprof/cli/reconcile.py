@@ -7,8 +7,7 @@ from typing import Annotated
 import typer
 
 from flopprof.cli.options import RUN, AttentionPairs, Backward, Wanted, taken
-from flopprof.cli.output import STDOUT, console, progress, require_writable, write_text
-from flopprof.errors import UsageError
+from flopprof.cli.output import STDOUT, console, progress, require_outputs, write_text
 
 _REPORT = "What is printed"
 
@@ -47,14 +46,7 @@ def reconcile(
     ] = None,
 ) -> None:
     """Tell why a model's FLOPs differ from 2 N T (forward) and 6 N T (training), to the last FLOP."""
-    if json == html == STDOUT:
-        raise UsageError("both --json and --html ask for standard output by -: give one of them a file.")
-    for path in (json, html):
-        require_writable(path)
-    if html is not None:
-        from flopprof.report.html.page import require_plotly
-
-        require_plotly()
+    require_outputs(json=json, html=html)
     with progress(f"Reconciling {wanted.target}"):
         workload = wanted.load()
         profile = workload.count(backward=backward or wanted.checkpointing, attention=attention)

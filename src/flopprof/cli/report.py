@@ -7,8 +7,7 @@ from typing import Annotated
 import typer
 
 from flopprof.cli.options import Traceback
-from flopprof.cli.output import STDOUT, console, require_writable, write_text
-from flopprof.errors import UsageError
+from flopprof.cli.output import STDOUT, console, require_outputs, write_text
 
 _REPORT = "What is printed"
 
@@ -44,14 +43,7 @@ def report(
 ) -> None:
     """Sum up the steps that a run recorded: MFU, throughput, restarts, and where the time went."""
     ctx.meta["flopprof.traceback"] = traceback
-    if json == html == STDOUT:
-        raise UsageError("both --json and --html ask for standard output by -: give one of them a file.")
-    for path in (json, html):
-        require_writable(path)
-    if html is not None:
-        from flopprof.report.html.page import require_plotly
-
-        require_plotly()
+    require_outputs(json=json, html=html)
     import msgspec
 
     from flopprof.meter.runs import run_of
