@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from flopprof.errors import UsageError
+from flopprof.models.hf_documented import documented
 from flopprof.models.hf_maker import RATE, Maker, every_part, part
 
 _SECONDS = 10.0
@@ -33,6 +34,9 @@ def wave(maker: Maker) -> torch.Tensor:
     if isinstance(bins, int) and isinstance(longest, int):
         return maker.floats(batch, longest, bins)
     channels = getattr(config, "audio_channels", None)
+    said = documented(maker.model.forward).get("input_values")
+    if channels is None and said is not None and len(said.sizes) == 3 and said.sizes[1] in ("1", "channels"):
+        channels = 1
     return maker.floats(*((batch, channels) if isinstance(channels, int) else (batch,)), _samples(maker))
 
 
@@ -60,7 +64,8 @@ def spectrogram(maker: Maker) -> tuple[torch.Tensor, int]:
     batch, config = maker.request.batch, maker.config
     encoder = part(config, _SOUND)
     seconds = seconds_of(maker)
-    stacked = getattr(encoder, "feature_projection_input_dim", None)
+    pairs = (getattr(inner, "feature_projection_input_dim", None) for inner in every_part(encoder))
+    stacked = next((width for width in pairs if isinstance(width, int)), None)
     bins, window = getattr(encoder, "num_mel_bins", None), getattr(encoder, "max_source_positions", None)
     single = next((value for value in (getattr(encoder, name, None) for name in _BINS) if isinstance(value, int)), bins)
     if isinstance(stacked, int):  # pairs of frames side by side
