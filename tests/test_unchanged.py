@@ -359,6 +359,38 @@ def test_count_restores_buffers_of_every_sort() -> None:
     assert module.part.data_ptr() == module.whole[2:4].data_ptr()
 
 
+class Remembered:
+    """An object of a model's own kind that holds what was computed."""
+
+    def __init__(self) -> None:
+        self.found: dict[int, torch.Tensor] = {}
+        self.asked = 0
+
+
+class Remembering(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.memory = nn.Linear(4, 6), Remembered()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.memory.asked += 1
+        if len(x) not in self.memory.found:
+            self.memory.found[len(x)] = self.layer(x)
+        return self.memory.found[len(x)] * 2
+
+
+def test_count_leaves_the_objects_that_a_module_remembers_with() -> None:
+    model, x = Remembering(), torch.ones(3, 4)
+    memory = model.memory
+    for _ in range(2):  # the second would find what the first has computed
+        assert flopprof.count(model, x).forward_flops == 2 * 3 * 4 * 6
+    assert model.memory is memory
+    assert (memory.found, memory.asked) == ({}, 0)
+    model(x)
+    assert flopprof.count(model, x).forward_flops == 0
+    assert (list(memory.found), memory.asked) == ([3], 1)
+
+
 @pytest.mark.parametrize("registered", [False, True], ids=["attribute", "buffer"])
 def test_count_leaves_no_graph_in_what_a_forward_writes_to(registered: bool) -> None:
     class Cached(nn.Module):

@@ -27,7 +27,8 @@ class Keep:
     def __init__(self) -> None:
         self._undo: list[Callable[[], object]] = []
         self._empty: list[Any] = []
-        self._saved: set[int] = set()  # storages, held by what puts them back
+        self._saved: set[int] = set()  # storages, and objects that modules hold; held by what puts them back
+        self._package = ""  # of the module whose attributes are being kept
 
     def module(self, module: torch.nn.Module) -> None:
         """Every attribute of every submodule, by value where a forward writes: buffers, caches, renormed tables."""
@@ -38,6 +39,7 @@ class Keep:
             leaves.update((id(leaf), leaf) for leaf, waits in zip(parameters, lazy, strict=True) if not waits)
             if any(lazy) or any(tensor is not None and is_lazy(tensor) for tensor in submodule._buffers.values()):
                 continue  # its first call makes another module of it, for good
+            self._package = type(submodule).__module__.partition(".")[0]
             self._container(submodule.__dict__, set())
             if getattr(submodule, "max_norm", None) is not None:  # nn.Embedding then rescales the rows it reads
                 for parameter in parameters:
@@ -47,6 +49,7 @@ class Keep:
 
     def optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         """Its parameters, state and settings."""
+        self._package = ""
         self._container(optimizer.__dict__, set())
         for group in optimizer.param_groups:
             for parameter in group["params"]:
@@ -88,14 +91,26 @@ class Keep:
                     self._empty.append(value)
                 elif id(value) not in above:
                     self._container(value, above)
-            elif isinstance(value, torch.Tensor) and not isinstance(value, torch.nn.Parameter):
-                self.values(value)
+            elif isinstance(value, torch.Tensor):
+                if not isinstance(value, torch.nn.Parameter):
+                    self.values(value)
+            elif self._is_own(value) and id(value) not in self._saved:  # a cache of the model's own kind
+                self._saved.add(id(value))
+                self._container(value.__dict__, above)
 
         def undo() -> None:
             container.clear()
             (container.extend if isinstance(container, list | deque) else container.update)(before)
 
         self._undo.append(undo)
+
+    def _is_own(self, value: Any) -> bool:
+        """Is it a plain object of a class from where the module's comes from?"""
+        return (
+            type(value).__module__.partition(".")[0] == self._package != "torch"
+            and type(getattr(value, "__dict__", None)) is dict
+            and not isinstance(value, torch.nn.Module)
+        )
 
     def values(self, tensor: torch.Tensor) -> None:
         """Its elements, in place; and that it has no graph, where it had none."""
