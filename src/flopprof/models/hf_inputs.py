@@ -22,8 +22,8 @@ from flopprof.models.hf_documented import Unsaid, documented, made, required
 from flopprof.models.hf_maker import Inputs, Maker, every_part, ids, is_learned, length_of, token
 from flopprof.models.hf_pictures import GRIDS, clip, patches, picture, pictures, pixels, sized
 from flopprof.models.hf_placeholders import mixed
-from flopprof.models.hf_sound import spectrogram, spectrograms, wave, waves
-from flopprof.models.hf_trial import failing
+from flopprof.models.hf_sound import spectrogram, spectrograms, stacks, states, wave, waves
+from flopprof.models.hf_trial import failing, lengths
 from flopprof.models.request import Request
 
 _SEEN_OR_HEARD = re.compile(r"(^|_)(pixel_values|image_patches|flattened_patches|input_features|input_values)(_|$)")
@@ -34,6 +34,7 @@ _NEVER = re.compile(
 _MOST_TRIED = 24  # layouts of one input
 _MOST_CHANGED = 3  # changes to which a second one is made
 _MOST_CHANGES = 30
+_MOST_LENGTHS = 4
 
 
 def make_inputs(model: nn.Module, request: Request, device: str) -> Inputs:
@@ -57,9 +58,15 @@ def _first_that_runs(maker: Maker) -> Inputs:
             f"no input is known for {type(maker.model).__name__}, which takes {maker.model.main_input_name!r}: "
             "give --input SHAPE."
         )
-    if set(first.kwargs) <= {"input_ids", "decoder_input_ids"} and _usual(maker) and not is_learned(maker):
+    if set(first.kwargs) <= {"input_ids", "decoder_input_ids"} and _usual(maker) and not _is_short(maker, first):
         return first
     return _searched(maker, chain([first], bases)) or first
+
+
+def _is_short(maker: Maker, found: Inputs) -> bool:
+    """May the model not take texts as long as these?"""
+    said = token(maker.text, "max_position_embeddings")
+    return is_learned(maker) or (said is not None and any(item.shape[-1] > said for item in found.kwargs.values()))
 
 
 def _searched(maker: Maker, bases: Iterable[Inputs]) -> Inputs | None:
@@ -90,7 +97,8 @@ def _usual(maker: Maker) -> bool:
     said = documented(maker.model.forward)
     sizes = [len(item.sizes) for name, item in said.items() if name in ("input_ids", "decoder_input_ids")]
     more = any(_SEEN_OR_HEARD.search(name) for name in maker.taken)
-    return all(size == 2 for size in sizes) and not more and not _also_needed(maker, {"input_ids"})
+    plain = all(size == 2 for size in sizes) and not more and not any(_codes(maker))
+    return plain and not _also_needed(maker, {"input_ids"})
 
 
 def _also_needed(maker: Maker, given: Any) -> list[str]:
@@ -133,18 +141,25 @@ def _completed(maker: Maker, base: Inputs, names: list[str]) -> Inputs | None:
     for name in names:
         if name not in kwargs:
             try:
-                kwargs.update(_part(maker, name, notes))
+                kwargs.update(_part(maker, name, notes, kwargs))
             except (Unsaid, FlopprofError):
                 return None
     return replace(base, kwargs=_fitted(maker, kwargs), assumptions=tuple(notes))
 
 
-def _part(maker: Maker, name: str, notes: list[str]) -> dict[str, Any]:
+def _part(maker: Maker, name: str, notes: list[str], given: Mapping[str, Any]) -> dict[str, Any]:
     if name in _PARTS:
         return _PARTS[name](maker)
     if name in ("hidden_states", *GRIDS, "merge_sizes") and any(grid in maker.taken for grid in GRIDS):
         return next(patches(maker, maker.request.batch, "hidden_states" if name == "hidden_states" else "pixel_values"))
-    return {name: made(maker, name, documented(maker.model.forward).get(name), notes)}
+    if _is_unsaid(maker, name):
+        notes.append(f"{name}, of which nothing is said, is taken to be of the first shape that the model takes")
+        return {name: next(states(maker))}
+    return {name: made(maker, name, maker.model.forward, notes, given)}
+
+
+def _is_unsaid(maker: Maker, name: str) -> bool:
+    return name == "hidden_states" and name not in documented(maker.model.forward)
 
 
 def _fitted(maker: Maker, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -161,17 +176,23 @@ def _varied(maker: Maker, found: Inputs) -> Iterator[Inputs]:
     for name in found.kwargs:
         if name == "hidden_states" and any(grid in maker.taken for grid in GRIDS):
             layouts: Iterator[dict[str, Any]] = patches(maker, maker.request.batch, name)
+        elif _is_unsaid(maker, name):
+            layouts = ({"hidden_states": rows} for rows in states(maker))
         elif name in _LAYOUTS:
-            layouts = _LAYOUTS[name](maker)
+            layouts = chain(_LAYOUTS[name](maker), _heard_texts(maker, found, name), _rows(maker, name))
         else:
             continue
         for layout in islice(layouts, _MOST_TRIED):
-            yield replace(found, kwargs=_fitted(maker, {**found.kwargs, **layout}))
-    for name, said in documented(maker.model.forward).items():
+            yield _retold(found, _fitted(maker, {**found.kwargs, **layout, **_alike(maker, found, layout)}))
+    if "input_features" in found.kwargs:
+        for sound, frames, note in stacks(maker):
+            kwargs = _fitted(maker, {**found.kwargs, "input_features": sound, "frames": frames})
+            yield replace(found, kwargs=kwargs, assumptions=(*found.assumptions, note))
+    for name in documented(maker.model.forward):
         if name in maker.taken and name not in found.kwargs and not _NEVER.search(name):
             notes = list(found.assumptions)
             try:
-                extra = {name: made(maker, name, said, notes)}
+                extra = {name: made(maker, name, maker.model.forward, notes, found.kwargs)}
             except (Unsaid, FlopprofError):
                 continue
             sound = found.kwargs.get("input_features")
@@ -180,7 +201,32 @@ def _varied(maker: Maker, found: Inputs) -> Iterator[Inputs]:
                     extra = {name: maker.whole(torch.ones(maker.request.batch, frames, dtype=extra[name].dtype))}
                     yield replace(found, kwargs={**found.kwargs, **extra}, assumptions=tuple(notes))
             else:
-                yield replace(found, kwargs={**found.kwargs, **extra}, assumptions=tuple(notes))
+                for more in chain([extra], _rows(maker, name)):
+                    yield replace(found, kwargs={**found.kwargs, **more}, assumptions=tuple(notes))
+
+
+def _rows(maker: Maker, name: str) -> Iterator[dict[str, Any]]:
+    """A row of numbers for each place of a text, where the documentation says that hidden states may be given."""
+    said = documented(maker.model.forward).get(name)
+    if said is not None and "hidden states" in said.says and len(said.sizes) == 2:
+        yield {name: next(states(maker))}
+
+
+def _retold(found: Inputs, kwargs: dict[str, Any]) -> Inputs:
+    """The same with these tensors, and as many tokens as they hold."""
+    words = kwargs.get("decoder_input_ids", kwargs.get("input_ids"))
+    tokens = None if found.tokens is None or words is None else words.shape[0] * words.shape[1]
+    return replace(found, kwargs=kwargs, tokens=tokens)
+
+
+def _alike(maker: Maker, found: Inputs, layout: Mapping[str, Any]) -> dict[str, Any]:
+    """The other pictures of the same size."""
+    shown = layout.get("pixel_values")
+    if shown is None or shown.dim() < 4:
+        return {}
+    pages, other = documented(maker.model.forward), replace(maker, side=tuple(shown.shape[-2:]))
+    others = [name for name in found.kwargs if name not in layout and name in pages and pages[name].is_picture]
+    return {name: made(other, name, maker.model.forward, []) for name in others}
 
 
 # --- text ---------------------------------------------------------------------------------------
@@ -274,17 +320,28 @@ def _texts(maker: Maker, name: str) -> Iterator[dict[str, Any]]:
                 yield {name: ids(maker, batch, reach)}
         if is_learned(maker):  # some tables have a row or two that no text reaches
             yield from ({name: ids(maker, batch, length - fewer)} for fewer in (1, 2) if fewer < length)
-    for config in every_part(maker.config):
-        for counted in ("num_codebooks", "num_channels", "n_codes_total"):
-            codes = getattr(config, counted, None)
-            if isinstance(codes, int) and codes > 1:
-                for number in (codes, codes + 1):
-                    yield {name: ids(maker, batch, length * number).view(batch, length, number)}
+    for codes in (*_codes(maker), *_codes(maker, ("num_channels", "n_codes_total"))):
+        for number in (codes, codes + 1):
+            yield {name: ids(maker, batch, length * number).view(batch, length, number)}
+
+
+def _codes(maker: Maker, names: tuple[str, ...] = ("num_codebooks",)) -> Iterator[int]:
+    """How many codes a place of a text may hold."""
+    counted = (getattr(config, name, None) for config in every_part(maker.config) for name in names)
+    return (codes for codes in counted if isinstance(codes, int) and codes > 1)
+
+
+def _heard_texts(maker: Maker, found: Inputs, name: str) -> Iterator[dict[str, Any]]:
+    """A text as long as what a tower makes of the sound that is given with it."""
+    if name == "input_ids" and "input_features" in found.kwargs and maker.request.seq is None:
+        for length in (lengths(maker, found.kwargs) or ())[:_MOST_LENGTHS]:
+            yield {name: ids(maker, maker.request.batch, length)}
 
 
 def _any_inputs(maker: Maker) -> Iterator[dict[str, Any]]:
     """What a model that takes anything may take: pictures, or a row of numbers a place."""
     yield {"inputs": pixels(maker)}
+    yield {"inputs": pixels(maker, maker.request.batch)}
     yield from ({"inputs": pixels(other)} for other in sized(maker))
     width = getattr(maker.config, "d_model", None)
     if isinstance(width, int):

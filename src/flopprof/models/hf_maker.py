@@ -112,7 +112,7 @@ def reach(model: Any) -> int | None:
         if isinstance(module, nn.Embedding)
         and _POSITIONS.search(name)
         and not _OTHER_TOWER.search(name)
-        and (not spoken or "decoder" in name or "text" in name)
+        and (not spoken or any(word in name for word in ("decoder", "text", "language")))
     ]
     said = None if spoken else token(part(model.config, TEXT_PARTS), "max_position_embeddings")
     if limits and said:  # some tables have rows to spare

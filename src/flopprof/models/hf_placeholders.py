@@ -13,13 +13,16 @@ import torch
 
 from flopprof.counting.values import carried, needs_values
 from flopprof.errors import FlopprofError, ModelFailed, UsageError
-from flopprof.models.hf_documented import Unsaid, documented, made, required
+from flopprof.models.hf_documented import Unsaid, made, required
 from flopprof.models.hf_maker import TEXT_PARTS, Inputs, Maker, channels, ids, length_of, part, sides, token
 from flopprof.models.hf_pictures import GRIDS, flattened, patches, sized
 from flopprof.models.hf_sound import spectrogram, spectrograms
+from flopprof.models.hf_trial import failing, lengths
 from flopprof.models.inputs import first_line
 
 _MOST_TRIED = 24
+_MOST_TRIED_WHOLE = 8  # in forwards of the whole model
+_TOO_FEW = 2  # placeholders: for no sound; some models take a single one to stand for a whole sound
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,7 @@ def mixed(maker: Maker) -> Inputs | None:
         around = [token(maker.config, f"vision_{end}_token_id") for end in ("start", "end")]
         runs += [_Run(picture or 0, each, *((() if mark is None else (mark,)) for mark in around))] * images
     if hears and maker.request.audio_seconds != 0 and (not sees or maker.request.audio_seconds is not None):
-        given, each = _sound(maker)
+        given, each = _sound(maker, sound or 0)
         kwargs.update(given)
         runs.append(_Run(sound or 0, each, (), ()))
     elif hears:
@@ -97,7 +100,7 @@ def _filled(
     for name in required(maker.model.forward):
         if name not in kwargs:
             try:
-                kwargs[name] = made(maker, name, documented(maker.model.forward).get(name), [])
+                kwargs[name] = made(maker, name, maker.model.forward, [], kwargs)
             except Unsaid as error:
                 raise UsageError(f"{type(maker.model).__name__} also takes {name}, which nothing tells.") from error
     return Inputs(kwargs, batch * length, batch, notes)
@@ -167,14 +170,34 @@ def _tiles(maker: Maker) -> dict[str, Any]:
 
 
 # --- sound --------------------------------------------------------------------------------------
-def _sound(maker: Maker) -> tuple[dict[str, Any], int]:
+def _sound(maker: Maker, mark: int) -> tuple[dict[str, Any], int]:
+    """(the sound, placeholders for it): as the encoder says, or the whole model; the first layout that it takes."""
     problem: FlopprofError | None = None
     for layout in islice(_spectrograms(maker), _MOST_TRIED):
         try:
             return layout, _placeholders(maker, "get_audio_features", layout, maker.request.batch)
         except FlopprofError as error:
             problem = problem or error
+    for layout in islice(_spectrograms(maker), _MOST_TRIED_WHOLE):
+        each = _told(maker, mark, layout)
+        if each is not None:
+            return layout, each
     raise UsageError(f"{problem} --audio-seconds 0 counts the text alone.") from problem
+
+
+def _told(maker: Maker, mark: int, layout: dict[str, Any]) -> int | None:
+    """Placeholders that a model asks for which counts them in its forward: as many as its tower gave before it failed.
+
+    None where it takes another layout, or any number of placeholders.
+    """
+
+    def text(each: int) -> Mapping[str, Any]:
+        return _filled(maker, [_Run(mark, each, (), ())], layout, None, ()).kwargs
+
+    for each in (lengths(maker, text(_TOO_FEW)) or ())[:_MOST_TRIED_WHOLE]:
+        if each > _TOO_FEW and failing(maker, text(each)) is None and failing(maker, text(each - 1)) is not None:
+            return each
+    return None
 
 
 def _spectrograms(maker: Maker) -> Iterator[dict[str, Any]]:
@@ -202,7 +225,7 @@ def _placeholders(maker: Maker, method: str, given: dict[str, Any], count: int) 
 
     What the encoder needs besides is added to `given`.
     """
-    encode = getattr(maker.model, method, None) or getattr(getattr(maker.model, "model", None), method, None)
+    encode = _encoder(maker, method)
     width = getattr(part(maker.config, TEXT_PARTS), "hidden_size", None)
     if encode is None or not isinstance(width, int):
         raise UsageError(f"{type(maker.model).__name__} does not say how many tokens a picture or sound takes.")
@@ -212,7 +235,7 @@ def _placeholders(maker: Maker, method: str, given: dict[str, Any], count: int) 
     try:
         for name in required(encode):
             if name not in taken:
-                taken[name] = made(maker, name, documented(encode).get(name), [])
+                taken[name] = made(maker, name, encode, [], taken)
                 if name in maker.taken:
                     given[name] = taken[name]
     except Unsaid as error:
@@ -230,6 +253,13 @@ def _placeholders(maker: Maker, method: str, given: dict[str, Any], count: int) 
     if not numbers or numbers % (width * count):
         raise UsageError(f"{type(maker.model).__name__} gives {numbers} features: no whole number of tokens for each.")
     return numbers // (width * count)
+
+
+def _encoder(maker: Maker, method: str) -> Any:
+    """The method of the model, or of the one inside it where that one says more of what it takes."""
+    owners = (maker.model, getattr(maker.model, "model", None))
+    found = [encode for encode in (getattr(owner, method, None) for owner in owners) if encode is not None]
+    return max(found, key=lambda encode: len(required(encode)), default=None)
 
 
 def _tensors(output: Any) -> list[torch.Tensor]:
