@@ -6,10 +6,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch import nn
 
 from flopprof.errors import UsageError
 from flopprof.models.hf_documented import documented
-from flopprof.models.hf_maker import RATE, Maker, every_part, part
+from flopprof.models.hf_maker import RATE, Maker, every_part, length_of, part, token
 
 _SECONDS = 10.0
 _MEL_RATE = 100  # frames a second of a mel spectrogram with steps of 10 ms
@@ -49,6 +50,15 @@ def waves(maker: Maker) -> Iterator[torch.Tensor]:
         yield maker.floats(batch, 1, length)
     for bins in _bins(maker):
         yield maker.floats(batch, round(seconds_of(maker) * _MEL_RATE), bins)
+
+
+def states(maker: Maker) -> Iterator[torch.Tensor]:
+    """What a part of a model may take that says nothing of it: rows for a text, the same across, or a wave."""
+    width = token(maker.config, "hidden_size")
+    if width:
+        yield maker.floats(maker.request.batch, length_of(maker), width)
+        yield maker.floats(maker.request.batch, width, length_of(maker))
+    yield maker.floats(maker.request.batch, 1, _samples(maker))
 
 
 def _samples(maker: Maker) -> int:
@@ -95,6 +105,17 @@ def spectrograms(maker: Maker) -> Iterator[tuple[torch.Tensor, int]]:
             yield maker.floats(batch, frames, bins), frames
             yield maker.floats(batch, bins, frames), frames
             yield maker.floats(batch, 1, frames, bins), frames
+
+
+def stacks(maker: Maker) -> Iterator[tuple[torch.Tensor, int, str]]:
+    """(a spectrogram of frames side by side, its rows, a note): as many as the model's first layer multiplies."""
+    first = next((module.in_features for module in maker.model.modules() if isinstance(module, nn.Linear)), 0)
+    for bins in _bins(maker):
+        each = first // bins
+        if first % bins == 0 and each > 1:
+            rows = max(1, round(seconds_of(maker) * _MEL_RATE) // each)
+            note = f"a row of {first} numbers is taken to be {each} frames of {bins} mel bins"
+            yield maker.floats(maker.request.batch, rows, first), rows, note
 
 
 def _bins(maker: Maker) -> list[int]:

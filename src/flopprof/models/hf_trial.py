@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
+from torch.nn.modules.module import register_module_forward_hook
 
 from flopprof.counting.preserve import preserved
 from flopprof.counting.values import carried, moved, needs_values
@@ -33,6 +34,38 @@ def failing(maker: Maker, kwargs: Mapping[str, Any]) -> tuple[str, int] | None:
         logger.debug("%s does not take these inputs: %s", type(maker.model).__name__, first_line(error))
         return _where(error)
     return None
+
+
+def lengths(maker: Maker, kwargs: Mapping[str, Any]) -> tuple[int, ...] | None:
+    """Places for each sample in what modules gave before a forward failed, the last first; None where it goes through.
+
+    What a tower gives is as long as what stands for it must be.
+    """
+    found: dict[int, None] = {}
+    batch = maker.request.batch
+
+    def note(module: Any, args: Any, output: Any) -> None:
+        for tensor in list(_rows(output))[:1]:
+            places = tensor.numel() // tensor.shape[-1]
+            if places % batch == 0:
+                found.pop(places // batch, None)
+                found[places // batch] = None
+
+    handle = register_module_forward_hook(note)
+    try:
+        failed = failing(maker, kwargs) is not None
+    finally:
+        handle.remove()
+    return tuple(reversed(found)) if failed else None
+
+
+def _rows(output: Any) -> Iterator[torch.Tensor]:
+    if isinstance(output, torch.Tensor):
+        if output.dim() in (2, 3) and output.numel():
+            yield output
+    elif isinstance(output, Mapping | tuple | list):
+        for item in output.values() if isinstance(output, Mapping) else output:
+            yield from _rows(item)
 
 
 def _where(error: Exception) -> tuple[str, int]:
