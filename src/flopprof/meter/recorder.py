@@ -4,25 +4,21 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from hashlib import blake2b
 from typing import Any
 
 import torch
 
 from flopprof.meter.padding import Unpadded
 from flopprof.meter.places import Done
-from flopprof.meter.signature import arguments, quick, size_of, uses_flash
+from flopprof.meter.signature import Root, arguments, size_of
 from flopprof.meter.timing import Timer
 from flopprof.meter.tracking import Tracker
 from flopprof.meter.watching import Watch, compiled_call, compiled_within, instruments
 from flopprof.meter.work import Work, total
 from flopprof.profile import Attention
 
+_thread = threading.get_ident
 _grad_enabled = torch.is_grad_enabled
-_autocast = torch.is_autocast_enabled
-_autocast_dtype = torch.get_autocast_dtype
-# The list of a model's parameters is made anew after so many of its calls.
-_REFRESH = 256
 _OUTSIDE = (
     "a model is called inside a compiled function, where its inputs are not seen: use meter.track(loader), "
     "meter.step(batch) or meter.wrap(step), whose arguments then tell steps apart."
@@ -50,39 +46,6 @@ class OpenStep:
     unseen = False
 
 
-class Root:
-    """A model, and what of it is part of every call's structure."""
-
-    __slots__ = ("_calls", "device", "flags", "flash", "module", "number", "parameters", "trained")
-
-    def __init__(self, module: torch.nn.Module) -> None:
-        self.module = module
-        self.trained = False
-        self.flags: list[bool] = []
-        self.number = 0
-        self._calls = 0
-        self.refresh()
-
-    def refresh(self) -> None:
-        """Look its parameters up again."""
-        self.parameters = list(self.module.parameters())
-        tensor = next(iter(self.parameters), None)
-        self.flash = uses_flash(self.module)
-        self.device = "cpu" if tensor is None else tensor.device.type
-
-    def wanted(self) -> int:
-        """A number for the set of parameters that want a gradient."""
-        self._calls += 1
-        if self._calls % _REFRESH == 0:
-            self.refresh()
-        flags = [parameter.requires_grad for parameter in self.parameters]
-        if flags != self.flags:
-            self.flags = flags
-            # The same in every process, and never 0, which stands for none.
-            self.number = 1 + int.from_bytes(blake2b(bytes(flags), digest_size=7).digest())
-        return self.number
-
-
 class Roots(list[Root]):
     """The models, in the order in which they were given."""
 
@@ -102,6 +65,7 @@ class Recorder:
         self.thread = 0
         self._roots = Roots()
         self.tracker = Tracker(self._roots, attention)
+        self.known = self.tracker.known
         self.opaque = False  # a model runs inside a compiled function
         self.timer = timer
         self._watch = Watch()
@@ -145,8 +109,9 @@ class Recorder:
     def open(self, step: OpenStep, *, recount: bool) -> None:
         """A step begins."""
         self._step = step
-        self.thread = threading.get_ident()
-        self._watch.open(self)
+        self.thread = _thread()
+        if not self._watch.begun:
+            self._watch.begin(self)
         if self._outside is not None:
             self._between.append((self._outside, self.timer.mark()))
             self._outside = None
@@ -172,7 +137,6 @@ class Recorder:
         else:
             step.segments = self.tracker.finish()
         step.end = self.timer.mark()
-        self._watch.close(self)
         if instruments.compilations != step.compilations:
             step.left_out = (*step.left_out, "compiled")
             if not self.tracker.whole:
@@ -215,18 +179,8 @@ class Recorder:
                 return
             step = self._step
             assert step is not None
-        device, parameters = root.device, root.parameters
-        event = quick(
-            index,
-            training,
-            root.wanted() if grad else 0,
-            _autocast_dtype(device) if _autocast(device) else None,
-            parameters[0].dtype if parameters else None,
-            args,
-            kwargs,
-            root.flash,
-        )
-        kept = None if event is None else self.tracker.known(event)
+        event = root.quick(index, training, grad, args, kwargs)
+        kept = None if event is None else self.known(event)
         if kept is None:
             kept = self._describe(index, root, grad, event, args, kwargs)
         step.calls += 1
@@ -251,12 +205,7 @@ class Recorder:
         assert step is not None
         root.refresh()
         structure, ints = arguments(args, kwargs, root.flash)
-        device = root.device
-        about = (
-            *(index, root.module.training, grad, root.wanted() if grad else 0),
-            _autocast_dtype(device) if _autocast(device) else None,
-            root.parameters[0].dtype if root.parameters else None,
-        )
+        about = index, root.module.training, grad, root.wanted() if grad else 0, root.cast(), root.weight()
         kept = size_of(root.module, args, kwargs)
         counted = self.tracker.counter is not None
         self.tracker.call(event or (about, structure, ints), (*about, structure), ints, kept, records=grad)
@@ -289,10 +238,8 @@ class Recorder:
         return inside
 
     def differentiated(self, structure: tuple[Any, ...]) -> None:
-        """A backward pass starts."""
-        if self._span is not None or self.tracker.known(structure) is not None:
-            return
-        if self.tracker.backward(structure) and self._step is not None:
+        """A backward pass starts that is not known to follow here."""
+        if self._span is None and self.tracker.backward(structure) and self._step is not None:
             self._step.left_out = (*self._step.left_out, "counted")
 
     def stepped(self, optimizer: torch.optim.Optimizer, *, closure: bool, over: bool) -> None:
@@ -308,7 +255,7 @@ class Recorder:
         roots = self._roots
         wanted = roots[0].number if len(roots) == 1 else tuple([root.number for root in roots])
         event = "optimizer", type(optimizer).__name__, wanted
-        if closure or self.tracker.known(event) is None:
+        if closure or self.known(event) is None:
             self.tracker.optimizer(event, closure=closure)
 
     # --- read later --------------------------------------------------------------------------------------------------

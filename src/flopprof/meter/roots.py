@@ -18,7 +18,8 @@ import torch
 from torch.nn.modules import module as _modules
 
 from flopprof.counting.imports import WhenImported, replaced
-from flopprof.meter.recorder import Recorder, Root
+from flopprof.meter.recorder import Recorder
+from flopprof.meter.signature import Root
 from flopprof.meter.timing import CudaTimer
 from flopprof.meter.tracking import Tracker
 from flopprof.meter.watching import compiled_within

@@ -9,6 +9,8 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Iterator, Mapping
+from hashlib import blake2b
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -16,6 +18,12 @@ import torch
 Structure = tuple[Any, ...]  # nested tuples of hashable things
 _Tensor, _Parameter = torch.Tensor, torch.nn.Parameter
 _PLAIN = (bool, type(None), torch.dtype, torch.device, torch.memory_format)
+_autocast = torch.is_autocast_enabled
+_any_autocast = torch._C._is_any_autocast_enabled  # of any device: quicker to ask than one
+_autocast_dtype = torch.get_autocast_dtype
+_wants = attrgetter("requires_grad")
+# The list of a model's parameters is made anew after so many of its calls.
+_REFRESH = 256
 _QUICK = frozenset({bool, type(None), int, str, torch.dtype})
 _BOUNDARIES = ("cu_seq", "cu_len")
 _MAYBE = (*_BOUNDARIES, "position_ids")
@@ -57,51 +65,91 @@ def uses_flash(module: torch.nn.Module) -> bool | None:
     return None if chosen is None else "flash" in str(chosen)
 
 
-def quick(
-    index: int,
-    training: bool,
-    wanted: int,
-    cast: torch.dtype | None,
-    weight: torch.dtype | None,
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
-    flash: bool | None = None,
-) -> tuple[Any, ...] | None:
-    """All of that as one key, where every argument is a plain tensor or flag; else None.
+class Root:
+    """A model, and what of it is part of every call's structure."""
 
-    wanted: 0 without grad mode. This runs at every call of a model: it makes one flat tuple.
-    """
-    parts: list[Any] = [index, training, wanted, cast, weight]
-    add = parts.append
-    try:
-        for value in args:
-            kind = type(value)
-            if kind is _Tensor:
-                add(value.shape)
-                add(value.dtype)
-                add(value.requires_grad)
-            elif kind in _QUICK:
-                add(kind)
-                add(value)
-            else:
-                return None
-        for name, value in kwargs.items():
-            add(name)
-            kind = type(value)
-            if kind is _Tensor:
-                if name.startswith(_MAYBE) and tells_boundaries(name, value, flash):
+    __slots__ = ("_calls", "device", "flags", "flash", "module", "number", "parameters", "trained")
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        self.module = module
+        self.trained = False
+        self.flags: list[bool] = []
+        self.number = 0  # for the set of parameters that want a gradient
+        self._calls = 0
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Look its parameters up again."""
+        self.parameters = list(self.module.parameters())
+        tensor = next(iter(self.parameters), None)
+        self.flash = uses_flash(self.module)
+        self.device = "cpu" if tensor is None else tensor.device.type
+
+    def cast(self) -> torch.dtype | None:
+        """What autocast computes in here; None where it is off."""
+        return _autocast_dtype(self.device) if _any_autocast() and _autocast(self.device) else None
+
+    def weight(self) -> torch.dtype | None:
+        """Of the first parameter."""
+        return self.parameters[0].dtype if self.parameters else None
+
+    def wanted(self) -> int:
+        """A number for the set of parameters that want a gradient."""
+        self._calls += 1
+        if self._calls % _REFRESH == 0:
+            self.refresh()
+        flags = list(map(_wants, self.parameters))
+        if flags != self.flags:
+            self.flags = flags
+            # The same in every process, and never 0, which stands for none.
+            self.number = 1 + int.from_bytes(blake2b(bytes(flags), digest_size=7).digest())
+        return self.number
+
+    def quick(
+        self, index: int, training: bool, grad: bool, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> tuple[Any, ...] | None:
+        """A call's structure and integers as one key, where every argument is a plain tensor or flag; else None.
+
+        This runs at every call of a model: it makes one flat tuple.
+        """
+        parameters = self.parameters
+        parts: list[Any] = [
+            index,
+            training,
+            self.wanted() if grad else 0,
+            self.cast() if _any_autocast() else None,
+            parameters[0].dtype if parameters else None,
+        ]
+        add = parts.append
+        try:
+            for value in args:
+                kind = type(value)
+                if kind is _Tensor:
+                    add(value.shape)
+                    add(value.dtype)
+                    add(value.requires_grad)
+                elif kind in _QUICK:
+                    add(kind)
+                    add(value)
+                else:
                     return None
-                add(value.shape)
-                add(value.dtype)
-                add(value.requires_grad)
-            elif kind in _QUICK:
-                add(kind)
-                add(value)
-            else:
-                return None
-    except RuntimeError:  # a nested tensor has no shape
-        return None
-    return tuple(parts)
+            for name, value in kwargs.items():
+                add(name)
+                kind = type(value)
+                if kind is _Tensor:
+                    if name.startswith(_MAYBE) and tells_boundaries(name, value, self.flash):
+                        return None
+                    add(value.shape)
+                    add(value.dtype)
+                    add(value.requires_grad)
+                elif kind in _QUICK:
+                    add(kind)
+                    add(value)
+                else:
+                    return None
+        except RuntimeError:  # a nested tensor has no shape
+            return None
+        return tuple(parts)
 
 
 def _add(value: Any, parts: list[Any], ints: list[int], depth: int) -> None:

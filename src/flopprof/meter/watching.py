@@ -30,19 +30,22 @@ _compiling = torch.compiler.is_dynamo_compiling  # False; a compiler that looks 
 class Listener(Protocol):
     """Who is told; only of what its own thread does while a step is open."""
 
-    thread: int
+    thread: int  # 0 between steps
 
     def called(self, index: int, module: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """The model of that number is called."""
 
+    def known(self, event: Any) -> Any:
+        """None where that must be told of at length."""
+
     def differentiated(self, structure: tuple[Any, ...]) -> None:
-        """A backward pass starts."""
+        """A backward pass starts that is not known to follow here."""
 
     def stepped(self, optimizer: torch.optim.Optimizer, *, closure: bool, over: bool) -> None:
         """An optimizer's step begins; over: that of one with a closure has ended."""
 
 
-_listeners: tuple[Listener, ...] = ()  # those with an open step
+_listeners: tuple[weakref.ref[Listener], ...] = ()  # those that have begun a step; each says in which thread it is
 
 
 def silent(*_: Any) -> None:
@@ -91,10 +94,13 @@ class _Engine:
         return getattr(self._engine, name)
 
     def run_backward(self, tensors: Any, *args: Any, **kwargs: Any) -> Any:
-        for listener in _listeners:
-            if listener.thread == _thread() and _node() is None:
+        for reference in _listeners:
+            listener = reference()
+            if listener is not None and listener.thread == _thread() and _node() is None:
                 # Roots, the graph kept or not, a graph of its own or not, inputs: what tells backward passes apart.
-                listener.differentiated(("backward", len(tensors), args[1:3], len(args) > 3 and len(args[3] or ())))
+                event = "backward", len(tensors), args[1:3], len(args) > 3 and len(args[3] or ())
+                if listener.known(event) is None:
+                    listener.differentiated(event)
         return self._run(tensors, *args, **kwargs)
 
 
@@ -103,15 +109,17 @@ def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> No
         closure = (len(args) > 1 or bool(kwargs)) and has_closure(args, kwargs)
         if closure:
             instruments.see_closures()
-        for listener in _listeners:
-            if listener.thread == _thread():
+        for reference in _listeners:
+            listener = reference()
+            if listener is not None and listener.thread == _thread():
                 listener.stepped(optimizer, closure=closure, over=False)
 
 
 def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     if _listeners and not _compiling() and has_closure(args, kwargs):
-        for listener in _listeners:
-            if listener.thread == _thread():
+        for reference in _listeners:
+            listener = reference()
+            if listener is not None and listener.thread == _thread():
                 listener.stepped(optimizer, closure=True, over=True)
 
 
@@ -185,18 +193,15 @@ class Watch:
         hook = Before(listener, index, module)
         self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
 
-    def open(self, listener: Listener) -> None:
-        """A step begins."""
-        global _listeners  # noqa: PLW0603 - read at every event of every step
-        if self._release is None:
-            instruments.acquire()
-            self._release = weakref.finalize(self, instruments.release)
-        _listeners = (*_listeners, listener) if _listeners else (listener,)
+    @property
+    def begun(self) -> bool:
+        """Has its first step begun?"""
+        return self._release is not None
 
-    def close(self, listener: Listener) -> None:
-        """The step is over."""
-        global _listeners  # noqa: PLW0603
-        _listeners = () if len(_listeners) == 1 else tuple(other for other in _listeners if other is not listener)
+    def begin(self, listener: Listener) -> None:
+        """Its first step begins."""
+        instruments.acquire()
+        self._release = weakref.finalize(self, _end, _listen(listener))
 
     def remove(self) -> None:
         """Take the hooks off."""
@@ -204,6 +209,19 @@ class Watch:
         if self._release is not None:
             self._release()
             self._release = None
+
+
+def _listen(listener: Listener) -> weakref.ref[Listener]:
+    global _listeners  # noqa: PLW0603 - read at every event of every step
+    reference = weakref.ref(listener)
+    _listeners = (*_listeners, reference)
+    return reference
+
+
+def _end(reference: weakref.ref[Listener]) -> None:
+    global _listeners  # noqa: PLW0603
+    _listeners = tuple(other for other in _listeners if other is not reference)
+    instruments.release()
 
 
 def _remove(handles: list[Any]) -> None:
