@@ -7,6 +7,7 @@ of more pairs than a head has): `consistent` changes one of the two fields, and 
 from __future__ import annotations
 
 import copy
+import itertools
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -27,57 +28,132 @@ _WIDTH = re.compile(
 _FEW = 2
 _DEEP = 6  # stacks of so many are left as they are: stages are counted by the same names
 _LONGEST_PERIOD = 12
+_MOST_STAGES = 8  # more are layers
+_SHORT_NAME = 6
 
 
 def reduced(config: Any) -> Iterator[dict[str, Any]]:
     """The fields of its config.json with few layers; then made to agree; then as they are, for whom few are too few."""
     facts = config.to_dict()
     fewer = _cut(facts, _needed(config))
-    tried = [fewer]
-    yield fewer
-    for other in (consistent(fewer), facts):
-        if other not in tried:
-            tried.append(other)
-            yield other
+    tried: list[dict[str, Any]] = []
+    for make in (lambda: fewer, lambda: consistent(fewer), lambda: facts, lambda: consistent(facts)):
+        made = make()
+        if made not in tried:
+            tried.append(made)
+            yield made
 
 
 def consistent(facts: dict[str, Any]) -> dict[str, Any]:
     """The same where no field contradicts another: of those known to, the one that says less is changed."""
     made = copy.deepcopy(facts)
-    text = made.get("text_config") if isinstance(made.get("text_config"), dict) else made
-    assert text is not None
-    vision = made.get("vision_config")
-    width = text.get("hidden_size")
-    if isinstance(vision, dict) and isinstance(width, int):
-        inner = "embed_dim" in vision and "out_hidden_size" not in vision
-        ends = "hidden_size" if inner else "out_hidden_size"
-        if isinstance(vision.get(ends), int):  # the encoder ends as wide as the text
-            vision[ends] = width
-    tokens = made.get("mm_tokens_per_image")
-    if isinstance(tokens, int) and isinstance(vision, dict):  # no more than there are patches
-        side = vision.get("image_size", 224) // vision.get("patch_size", 16)
-        made["mm_tokens_per_image"] = min(tokens, (side // 2) ** 2)
-    for name in ("scale_factor", "pixel_shuffle_factor"):
-        if type(made.get(name)) is int and isinstance(vision, dict):  # squares of patches become one
-            side = vision.get("image_size", 224) // vision.get("patch_size", 16)
-            made[name] = next(factor for factor in range(made[name], 0, -1) if side % factor == 0)
-    for part in (made, text):
-        turns = part.get("rope_parameters")
-        if isinstance(turns, dict):  # as many turns as the sections hold
-            heads = part.get("num_attention_heads") or 1
-            wide = part.get("head_dim") or part.get("hidden_size", 0) // heads
-            sections = turns.get("mrope_section") or [8, 12, 12]
-            part["head_dim"] = wide = max(wide, 2 * sum(sections))
-            turns["partial_rotary_factor"] = part["partial_rotary_factor"] = 2 * sum(sections) / wide
-        if type(part.get("moe_intermediate_size")) is int:  # grouped products take rows of 16 bytes
-            part["moe_intermediate_size"] = -(-part["moe_intermediate_size"] // 16) * 16
-        if "num_experts_per_tok" in part and part["num_experts_per_tok"] is None:
-            part["num_experts_per_tok"] = 2
-    words = text.get("vocab_size")
-    for name in ("image_token_index", "image_token_id"):
-        if isinstance(words, int) and name in made and made[name] is None:
-            made[name] = words - 1
+    for part in _dicts(made):
+        _spelt(part)
+        _as_wide(part)
+        _as_many_patches(part)
+        _all_stages(part)
+        _filled(part)
+    for part in (made, _text(made)):
+        _turned(part)
     return made
+
+
+def _dicts(facts: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Those of a configuration and of the ones inside it."""
+    yield facts
+    for name, value in facts.items():
+        if isinstance(value, dict) and name.endswith(("config", "encoder", "decoder")):
+            yield from _dicts(value)
+
+
+def _text(facts: dict[str, Any]) -> dict[str, Any]:
+    text = facts.get("text_config")
+    return text if isinstance(text, dict) else facts
+
+
+def _spelt(facts: dict[str, Any]) -> None:
+    """A name that was given beside the one that it was meant for, a letter away."""
+    words = [name for name, value in facts.items() if isinstance(value, str) and len(name) > _SHORT_NAME]
+    for right, wrong in itertools.permutations(words, 2):
+        letters = [pair for pair in zip(right, wrong, strict=False) if pair[0] != pair[1]]
+        if len(right) == len(wrong) and len(letters) == 1 and words.index(right) < words.index(wrong):
+            facts[right] = facts.pop(wrong)
+
+
+def _as_wide(facts: dict[str, Any]) -> None:
+    """The encoder of pictures ends as wide as the text, or as what its adapter makes of it."""
+    text, vision = _text(facts), facts.get("vision_config")
+    width = text.get("hidden_size")
+    if not isinstance(vision, dict):
+        return
+    inner = "embed_dim" in vision and "out_hidden_size" not in vision
+    ends = "hidden_size" if inner else "out_hidden_size"
+    if isinstance(width, int) and isinstance(vision.get(ends), int):
+        vision[ends] = width
+    ratio = vision.get("pixel_shuffle_ratio")
+    if isinstance(ratio, float) and isinstance(vision.get("intermediate_size"), int):  # what is joined is its width
+        vision["hidden_size"] = int(vision["intermediate_size"] * ratio**2)
+    if "projector_output_dim" in vision and "vision_output_dim" in vision:
+        vision["vision_output_dim"] = vision["projector_output_dim"]
+
+
+def _as_many_patches(facts: dict[str, Any]) -> None:
+    """Patches are joined to no more tokens than there are, in squares that they fill."""
+    vision = facts.get("vision_config")
+    if not isinstance(vision, dict):
+        return
+    size, patch = vision.get("image_size", 224), vision.get("patch_size", 16)
+    if not isinstance(size, int) or not isinstance(patch, int):
+        return
+    side = size // patch
+    tokens = facts.get("mm_tokens_per_image")
+    if isinstance(tokens, int):
+        facts["mm_tokens_per_image"] = min(tokens, (side // 2) ** 2)
+    for name in ("scale_factor", "pixel_shuffle_factor"):
+        if type(facts.get(name)) is int:
+            facts[name] = next(factor for factor in range(facts[name], 0, -1) if side % factor == 0)
+
+
+def _all_stages(facts: dict[str, Any]) -> None:
+    """A backbone gives all of its stages, as wide as they are, where what reads it counts on several."""
+    backbone = facts.get("backbone_config")
+    if not isinstance(backbone, dict) or "stage_names" not in backbone:
+        return
+    stages = backbone["stage_names"][1:]
+    if len(stages) < _MOST_STAGES:
+        backbone["out_features"], backbone["out_indices"] = stages, [*range(1, len(stages) + 1)]
+    wide = backbone.get("stage_out_channels")
+    for name, value in facts.items():
+        if name.endswith("_channels") and isinstance(value, list | tuple) and isinstance(wide, list):
+            facts[name] = wide if len(value) == len(wide) else value
+
+
+def _filled(facts: dict[str, Any]) -> None:
+    """What must be given, and is not."""
+    if isinstance(facts.get("projector_scale_factors"), list | tuple):  # at least one level
+        facts["projector_scale_factors"] = [*facts["projector_scale_factors"]] or [1.0]
+    if "sliding_window" in facts and facts["sliding_window"] is None:  # as far as the text reaches
+        facts["sliding_window"] = facts.get("max_position_embeddings")
+    if type(facts.get("moe_intermediate_size")) is int:  # grouped products take rows of 16 bytes
+        facts["moe_intermediate_size"] = -(-facts["moe_intermediate_size"] // 16) * 16
+    if "num_experts_per_tok" in facts and facts["num_experts_per_tok"] is None:
+        facts["num_experts_per_tok"] = 2
+    words = _text(facts).get("vocab_size")
+    for name in ("image_token_index", "image_token_id"):
+        if isinstance(words, int) and name in facts and (facts[name] is None or facts[name] >= words):
+            facts[name] = words - 1
+
+
+def _turned(facts: dict[str, Any]) -> None:
+    """Heads have as many turns as the sections hold."""
+    turns = facts.get("rope_parameters")
+    if not isinstance(turns, dict) or any(isinstance(value, dict) for value in turns.values()):  # one for each kind
+        return
+    heads = facts.get("num_attention_heads") or 1
+    wide = facts.get("head_dim") or facts.get("hidden_size", 0) // heads
+    sections = turns.get("mrope_section") or [8, 12, 12]
+    facts["head_dim"] = wide = max(wide, 2 * sum(sections))
+    turns["partial_rotary_factor"] = facts["partial_rotary_factor"] = 2 * sum(sections) / wide
 
 
 def _needed(config: Any) -> int:
