@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -25,9 +26,15 @@ _WIDTH = re.compile(
     r"|^(d_model|d_ff|d_kv|d_inner|n_embd|n_inner|dim|hidden_sizes|embed_dims|(encoder|decoder)_ffn_dim|mrope_section|"
     r"conv_dim|rotary_dim|kv_lora_rank|q_lora_rank|qk_(rope|nope)_head_dim|v_head_dim|moe_intermediate_size)$"
 )
+_HEADS = re.compile(r"(^|_)(heads?|num_heads|n_heads?)$")
+_OF_A_HEAD = re.compile(r"(^|_)(head|key|value|rope|state|rotary|conv)_(size|dim)$|^d_kv$|rank$|section$")
+_EXPERTS = re.compile(r"(^|_)experts$")
+_CHOSEN = re.compile(r"experts_per_tok(en)?$|top_?k(_experts)?$")
+_SMALL_PICTURE = 160
 _FEW = 2
 _DEEP = 6  # stacks of so many are left as they are: stages are counted by the same names
 _LONGEST_PERIOD = 12
+_SHARING = "num_kv_shared_layers"  # the last ones take keys and values of earlier ones
 _MOST_STAGES = 8  # more are layers
 _SHORT_NAME = 6
 
@@ -50,6 +57,7 @@ def consistent(facts: dict[str, Any]) -> dict[str, Any]:
     for part in _dicts(made):
         _spelt(part)
         _as_wide(part)
+        _as_heard(part)
         _as_many_patches(part)
         _all_stages(part)
         _filled(part)
@@ -95,6 +103,17 @@ def _as_wide(facts: dict[str, Any]) -> None:
         vision["hidden_size"] = int(vision["intermediate_size"] * ratio**2)
     if "projector_output_dim" in vision and "vision_output_dim" in vision:
         vision["vision_output_dim"] = vision["projector_output_dim"]
+
+
+def _as_heard(facts: dict[str, Any]) -> None:
+    """The encoder of sound ends as wide as the text, and what reads an encoder reads as much as that gives."""
+    width, sound, encoder = _text(facts).get("hidden_size"), facts.get("audio_config"), facts.get("encoder_config")
+    if isinstance(sound, dict) and isinstance(width, int) and type(sound.get("output_dim")) is int:
+        sound["output_dim"] = width
+    if isinstance(encoder, dict) and type(encoder.get("hidden_dim")) is int:
+        for reader in facts.values():
+            if isinstance(reader, dict) and "encoder_hidden_size" in reader:
+                reader["encoder_hidden_size"] = encoder["hidden_dim"]
 
 
 def _as_many_patches(facts: dict[str, Any]) -> None:
@@ -152,7 +171,7 @@ def _turned(facts: dict[str, Any]) -> None:
     heads = facts.get("num_attention_heads") or 1
     wide = facts.get("head_dim") or facts.get("hidden_size", 0) // heads
     sections = turns.get("mrope_section") or [8, 12, 12]
-    facts["head_dim"] = wide = max(wide, 2 * sum(sections))
+    facts["head_dim"] = wide = max(wide + wide % 2, 2 * sum(sections))
     turns["partial_rotary_factor"] = facts["partial_rotary_factor"] = 2 * sum(sections) / wide
 
 
@@ -164,11 +183,10 @@ def _needed(config: Any) -> int:
         for name, value in facts.items():
             if isinstance(name, str) and _PERIOD.search(name) and type(value) is int and value < _LONGEST_PERIOD:
                 needed = max(needed, value + 1)
-        for name in (*facts, "layer_types", "layers_block_type"):
-            value = getattr(part, str(name), None)
+        for value in (*facts.values(), *(getattr(part, name, None) for name in ("layer_types", "layers_block_type"))):
             if isinstance(value, list) and value and all(isinstance(item, str | bool) for item in value):
                 needed = max(needed, max(value.index(kind) for kind in set(value)) + 1)
-    return needed
+    return 2 * needed if any(getattr(part, _SHARING, 0) for part in parts(config)) else needed
 
 
 def parts(config: Any) -> Iterator[Any]:
@@ -190,10 +208,14 @@ def _cut(facts: Any, depth: int) -> Any:
         for name, value in facts.items()
         if isinstance(name, str) and _STACK.search(name) and type(value) is int and value > max(depth, _DEEP)
     }
-    made = {}
+    made: dict[Any, Any] = {}
     for name, value in facts.items():
         if name in deep:
             made[name] = depth
+        elif name == _SHARING and deep and value:
+            made[name] = depth // 2
+        elif name == "per_layer_config" and deep and isinstance(value, dict):
+            made[name] = {layer: given for layer, given in value.items() if int(layer) < depth}
         elif isinstance(value, list) and value and all(type(item) is int for item in value) and _STAGES.search(name):
             made[name] = [min(item, _FEW) for item in value]
         elif isinstance(value, list) and len(value) in deep.values():
@@ -203,18 +225,62 @@ def _cut(facts: Any, depth: int) -> Any:
     return made
 
 
-def narrowed(facts: Any, by: int) -> Any:
-    """The same with widths divided: of layers, heads and embeddings, not of pictures, patches, windows or kernels."""
+def narrowings(facts: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The same, less wide: heads narrower, or fewer; then with smaller pictures too; at last of full width.
+
+    Widths that must divide each other may not do so any more: the next may.
+    """
+    tried: list[dict[str, Any]] = []
+    for pictures in (False, True):
+        few = _fewer(facts, pictures=pictures)
+        for by, heads in ((8, False), (8, True), (4, True), (4, False), (16, False), (2, True), (2, False), (1, False)):
+            made = narrowed(few, by, heads=heads)
+            if made not in tried:
+                tried.append(made)
+                yield made
+
+
+def narrowed(facts: Any, by: int, *, heads: bool = False) -> Any:
+    """The same with widths divided: of layers, heads and embeddings, not of pictures, patches, windows or kernels.
+
+    heads: there are fewer, each as wide as it was.
+    """
     if isinstance(facts, list):
-        return [narrowed(item, by) for item in facts]
+        return [narrowed(item, by, heads=heads) for item in facts]
     if not isinstance(facts, dict):
         return facts
     made = {}
     for name, value in facts.items():
-        if isinstance(name, str) and _WIDTH.search(name):
+        if heads and isinstance(name, str) and _HEADS.search(name) and type(value) is int and value > 0:
+            made[name] = value // math.gcd(value, by)
+        elif isinstance(name, str) and _WIDTH.search(name) and not (heads and _OF_A_HEAD.search(name)):
             made[name] = _divided(value, by)
         else:
-            made[name] = narrowed(value, by)
+            made[name] = narrowed(value, by, heads=heads)
+    return made
+
+
+def _fewer(facts: Any, *, pictures: bool) -> Any:
+    """The same with fewer experts, of which each token still leaves half, and, if asked for, smaller pictures."""
+    if isinstance(facts, list):
+        return [_fewer(item, pictures=pictures) for item in facts]
+    if not isinstance(facts, dict):
+        return facts
+    chosen = max(
+        (value for name, value in facts.items() if _CHOSEN.search(str(name)) and type(value) is int), default=1
+    )
+    groups = facts.get("n_group") or 1
+    made = {}
+    for name, value in facts.items():
+        made[name] = _fewer(value, pictures=pictures)
+        if type(value) is not int:
+            continue
+        if _EXPERTS.search(str(name)):
+            least = max(4, 2 * chosen, 2 * groups)
+            made[name] = next((n for n in (value // 16, value // 8, value // 4, value // 2) if n >= least), value)
+        elif pictures and name == "image_size":
+            while made[name] > _SMALL_PICTURE and made[name] % 2 == 0:
+                made[name] //= 2
     return made
 
 
