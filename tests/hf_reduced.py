@@ -151,6 +151,7 @@ def _filled(facts: dict[str, Any]) -> None:
     """What must be given, and is not."""
     if isinstance(facts.get("projector_scale_factors"), list | tuple):  # at least one level
         facts["projector_scale_factors"] = [*facts["projector_scale_factors"]] or [1.0]
+        facts["num_feature_levels"] = len(facts["projector_scale_factors"])
     if "sliding_window" in facts and facts["sliding_window"] is None:  # as far as the text reaches
         facts["sliding_window"] = facts.get("max_position_embeddings")
     if type(facts.get("moe_intermediate_size")) is int:  # grouped products take rows of 16 bytes
@@ -158,7 +159,7 @@ def _filled(facts: dict[str, Any]) -> None:
     if "num_experts_per_tok" in facts and facts["num_experts_per_tok"] is None:
         facts["num_experts_per_tok"] = 2
     words = _text(facts).get("vocab_size")
-    for name in ("image_token_index", "image_token_id"):
+    for name in ("image_token_index", "image_token_id", "video_token_index"):
         if isinstance(words, int) and name in facts and (facts[name] is None or facts[name] >= words):
             facts[name] = words - 1
 

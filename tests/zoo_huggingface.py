@@ -23,13 +23,12 @@ from typing import Any, Literal
 import torch
 
 from flopprof.counting.values import carried
-from flopprof.errors import FlopprofError, ModelFailed
+from flopprof.errors import FlopprofError, ModelFailed, UsageError
 from flopprof.models.hf_config import load_transformers
 from flopprof.models.huggingface import load_config
 from flopprof.models.request import Request
-from flopprof.models.workload import Workload
 from flopprof.profile import Profile
-from hf_reduced import narrowed, reduced
+from hf_reduced import consistent, narrowings, reduced
 
 AUTO = {
     "CausalLM": "AutoModelForCausalLM",
@@ -42,7 +41,8 @@ LIMIT_S = 120  # of the processor's time
 REQUEST = Request(batch=1, image_size=None, inputs=(), device="meta", dtype=None, train=False, model_args={})
 
 SHORT = replace(REQUEST, seq=24, audio_seconds=1.0)
-MOST_PARAMETERS = 200_000_000
+MOST_PARAMETERS = 300_000_000
+MOST_FLOPS = 100 * 10**9
 
 Verdict = Literal["clean", "uncounted", "failed", "unbuilt"]
 
@@ -144,9 +144,9 @@ def disagreement(what: Registered) -> str | None:
 
     Raises FlopprofError where no narrow one is found that runs on meta and is small enough for the CPU.
     """
-    workload, facts = _narrow(what)
-    on_meta = workload.count(backward=True)
-    real = load_config(what.kind, facts, replace(SHORT, device="cpu")).count(backward=True)
+    narrow = _narrow(what)
+    real = load_config(what.kind, narrow.facts, replace(narrow.request, device="cpu")).count(backward=True)
+    on_meta = narrow.profile
     if (on_meta.model_flops, on_meta.by_phase()) == (real.model_flops, {**real.by_phase(), **_same(on_meta)}):
         return None
     return f"{on_meta.model_flops} on meta, {real.model_flops} on the CPU"
@@ -157,20 +157,44 @@ def _same(profile: Profile) -> dict[str, int]:
     return {"recompute": profile.recompute_flops}
 
 
-def _narrow(what: Registered) -> tuple[Workload, dict[str, Any]]:
+@dataclass(frozen=True)
+class Narrow:
+    """A configuration of small widths, what its inputs were asked to be, and what it counts on meta."""
+
+    facts: dict[str, Any]
+    request: Request
+    profile: Profile
+
+
+def _narrow(what: Registered) -> Narrow:
     problem: FlopprofError | None = None
-    for by in (8, 4, 2, 1):
-        for facts in reduced(default(what.kind)):
-            narrow = {**narrowed(facts, by), "architectures": [what.cls]}
+    fewer, *others = reduced(default(what.kind))
+    for facts in (*_agreeing(fewer), *(narrow for other in others for narrow in _agreeing(other))):
+        for request in (SHORT, REQUEST):
             try:
-                workload = load_config(what.kind, narrow, SHORT)
-                workload.count(backward=True)
-            except FlopprofError as error:
+                workload = load_config(what.kind, {**facts, "architectures": [what.cls]}, request)
+                if sum(parameter.numel() for parameter in workload.model.parameters()) > MOST_PARAMETERS:
+                    break
+                profile = workload.count(backward=True)
+            except UsageError as error:  # too short for what is seen and heard
                 problem = problem or error
                 continue
-            if sum(parameter.numel() for parameter in workload.model.parameters()) <= MOST_PARAMETERS:
-                return workload, narrow
+            except FlopprofError as error:
+                problem = problem or error
+                break
+            if profile.model_flops <= MOST_FLOPS:
+                return Narrow({**facts, "architectures": [what.cls]}, request, profile)
+            break
     raise problem or ModelFailed(f"{what} stays too large for the CPU.")
+
+
+def _agreeing(facts: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Each narrowing as it is, and with what contradicts itself changed."""
+    for narrow in narrowings(facts):
+        yield narrow
+        other = consistent(narrow)
+        if other != narrow:
+            yield other
 
 
 def told(error: Exception) -> str:
