@@ -18,9 +18,10 @@ import torch
 from torch import nn
 
 from flopprof.errors import FlopprofError, UsageError
+from flopprof.models.hf_agreed import agreed
 from flopprof.models.hf_documented import Unsaid, documented, made, required
 from flopprof.models.hf_maker import Inputs, Maker, every_part, ids, is_learned, length_of, token
-from flopprof.models.hf_pictures import GRIDS, clip, patches, picture, pictures, pixels, sized
+from flopprof.models.hf_pictures import GRIDS, clip, come_in_patches, patches, picture, pictures, pixels, sized
 from flopprof.models.hf_placeholders import mixed
 from flopprof.models.hf_sound import spectrogram, spectrograms, stacks, states, wave, waves
 from flopprof.models.hf_trial import failing, lengths
@@ -60,7 +61,8 @@ def _first_that_runs(maker: Maker) -> Inputs:
         )
     if set(first.kwargs) <= {"input_ids", "decoder_input_ids"} and _usual(maker) and not _is_short(maker, first):
         return first
-    return _searched(maker, chain([first], bases)) or first
+    found = _searched(maker, chain([first], bases))
+    return first if found is None else agreed(maker, found)
 
 
 def _is_short(maker: Maker, found: Inputs) -> bool:
@@ -150,7 +152,7 @@ def _completed(maker: Maker, base: Inputs, names: list[str]) -> Inputs | None:
 def _part(maker: Maker, name: str, notes: list[str], given: Mapping[str, Any]) -> dict[str, Any]:
     if name in _PARTS:
         return _PARTS[name](maker)
-    if name in ("hidden_states", *GRIDS, "merge_sizes") and any(grid in maker.taken for grid in GRIDS):
+    if name in ("hidden_states", *GRIDS, "merge_sizes") and come_in_patches(maker):
         return next(patches(maker, maker.request.batch, "hidden_states" if name == "hidden_states" else "pixel_values"))
     if _is_unsaid(maker, name):
         notes.append(f"{name}, of which nothing is said, is taken to be of the first shape that the model takes")
@@ -174,7 +176,7 @@ def _fitted(maker: Maker, kwargs: dict[str, Any]) -> dict[str, Any]:
 def _varied(maker: Maker, found: Inputs) -> Iterator[Inputs]:
     """The same with one of its inputs in another layout, or one more."""
     for name in found.kwargs:
-        if name == "hidden_states" and any(grid in maker.taken for grid in GRIDS):
+        if name == "hidden_states" and come_in_patches(maker):
             layouts: Iterator[dict[str, Any]] = patches(maker, maker.request.batch, name)
         elif _is_unsaid(maker, name):
             layouts = ({"hidden_states": rows} for rows in states(maker))
@@ -183,10 +185,10 @@ def _varied(maker: Maker, found: Inputs) -> Iterator[Inputs]:
         else:
             continue
         for layout in islice(layouts, _MOST_TRIED):
-            yield _retold(found, _fitted(maker, {**found.kwargs, **layout, **_alike(maker, found, layout)}))
+            yield _retold(found, layout, _fitted(maker, {**found.kwargs, **layout, **_alike(maker, found, layout)}))
     if "input_features" in found.kwargs:
-        for sound, frames, note in stacks(maker):
-            kwargs = _fitted(maker, {**found.kwargs, "input_features": sound, "frames": frames})
+        for rows, frames, note in stacks(maker):
+            kwargs = _fitted(maker, {**found.kwargs, "input_features": rows, "frames": frames})
             yield replace(found, kwargs=kwargs, assumptions=(*found.assumptions, note))
     for name in documented(maker.model.forward):
         if name in maker.taken and name not in found.kwargs and not _NEVER.search(name):
@@ -212,11 +214,12 @@ def _rows(maker: Maker, name: str) -> Iterator[dict[str, Any]]:
         yield {name: next(states(maker))}
 
 
-def _retold(found: Inputs, kwargs: dict[str, Any]) -> Inputs:
-    """The same with these tensors, and as many tokens as they hold."""
+def _retold(found: Inputs, layout: Mapping[str, Any], kwargs: dict[str, Any]) -> Inputs:
+    """The same with these tensors, as many tokens as they hold, and nothing noted of what they replace."""
     words = kwargs.get("decoder_input_ids", kwargs.get("input_ids"))
     tokens = None if found.tokens is None or words is None else words.shape[0] * words.shape[1]
-    return replace(found, kwargs=kwargs, tokens=tokens)
+    notes = tuple(note for note in found.assumptions if not any(f" of {name} is taken " in note for name in layout))
+    return replace(found, kwargs=kwargs, tokens=tokens, assumptions=notes)
 
 
 def _alike(maker: Maker, found: Inputs, layout: Mapping[str, Any]) -> dict[str, Any]:

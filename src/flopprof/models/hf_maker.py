@@ -50,7 +50,7 @@ class Maker:
     model: Any
     request: Request
     device: str
-    side: int | None = None  # of pictures, where the config's is not right
+    side: int | tuple[int, int] | None = None  # of pictures, where the config's is not right
 
     @property
     def config(self) -> Any:

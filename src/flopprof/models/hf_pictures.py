@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from flopprof.models.hf_documented import Documented, documented
 from flopprof.models.hf_maker import SIDE, Maker, channels, every_part, side, sides
 
 _FRAMES = 16
@@ -29,7 +30,7 @@ def picture(maker: Maker) -> dict[str, Any]:
 
 def pictures(maker: Maker) -> Iterator[dict[str, Any]]:
     """Other layouts of `pixel_values`: patches with their grid, other sizes, one or two pictures a sample."""
-    if any(name in maker.taken for name in GRIDS):
+    if come_in_patches(maker):
         yield from patches(maker, maker.request.batch, "pixel_values")
     height, width = sides(maker)
     colours = channels(maker.vision)
@@ -74,27 +75,60 @@ def clip(maker: Maker) -> torch.Tensor:
     return maker.floats(maker.request.batch, int(frames), channels(vision), height, width)
 
 
-def patches(maker: Maker, count: int, name: str, taken: Any = None) -> Iterator[dict[str, Any]]:
+def come_in_patches(maker: Maker) -> bool:
+    """Does `forward` take where the patches of each picture lie?"""
+    return bool(_grids(maker) or _places(maker))
+
+
+def _pages(maker: Maker) -> dict[str, Documented]:
+    """What `forward` and the encoder of pictures say of what `forward` takes."""
+    encode = getattr(maker.model, "get_image_features", None)
+    pages = {**documented(encode), **documented(maker.model.forward)}
+    return {name: said for name, said in pages.items() if name in maker.taken and "video" not in name}
+
+
+def _grids(maker: Maker) -> dict[str, int]:
+    """Inputs that count the patches of each picture, and by how many numbers: (time,) height, width."""
+    known = {name: 3 if name.endswith("thw") else 2 for name in GRIDS if name in maker.taken}
+    return known or {name: int(said.sizes[-1]) for name, said in _pages(maker).items() if said.counts_patches}
+
+
+def _places(maker: Maker) -> list[str]:
+    """Inputs that say at which (x, y) each patch of each picture lies."""
+    pages = _pages(maker).items()
+    return [name for name, said in pages if name.endswith("position_ids") and said.sizes[1:] == ("max_patches", "2")]
+
+
+def patches(maker: Maker, count: int, name: str) -> Iterator[dict[str, Any]]:
     """Flattened patches of every picture one after the other, with their grids of (time, height, width).
 
     First a row each, as most take them; then as little pictures, and both with a batch dimension around.
     """
-    taken = maker.taken if taken is None else taken
     vision = maker.vision
-    patch, merge = _whole(vision, ("patch_size",), 14), _whole(vision, ("spatial_merge_size", "merge_size"), 1)
+    merges = ("spatial_merge_size", "merge_size", "pooling_kernel_size")
+    patch, merge = _whole(vision, ("patch_size",), 14), _whole(vision, merges, 1)
     known = maker.request.image_size is not None or maker.side is not None or side(vision) != SIDE
     lengths = sides(maker) if known else (2 * SIDE, 2 * SIDE)
     rows, columns = (max(1, round(length / (patch * merge))) * merge for length in lengths)
     colours = channels(vision)
-    along: dict[str, Any] = {}
-    for grid in GRIDS:
-        if grid in taken:
-            sizes = [1, rows, columns] if grid.endswith("thw") else [rows, columns]
-            along[grid] = maker.whole(torch.tensor([sizes] * count))
-    for merges in ("merge_sizes", "image_merge_sizes"):
-        if merges in taken:
-            along[merges] = maker.whole(torch.full((count,), merge))
+
+    def grid(rows: int, columns: int) -> dict[str, Any]:
+        sizes = _grids(maker).items()
+        return {name: maker.whole(torch.tensor([[1, rows, columns][-size:]] * count)) for name, size in sizes}
+
     number = count * rows * columns
+    places = _places(maker)
+    if places:
+        at = torch.cartesian_prod(torch.arange(rows), torch.arange(columns)).flip(1)
+        laid = {place: maker.whole(at.expand(count, -1, -1).contiguous()) for place in places}
+        yield {name: maker.floats(count, rows * columns, colours * patch * patch), **laid}
+        return
+    along = grid(rows, columns)
+    for sizes in ("merge_sizes", "image_merge_sizes"):
+        if sizes in maker.taken:
+            along[sizes] = maker.whole(torch.full((count,), merge))
+    if along and not any(known in along for known in GRIDS):  # the pictures side by side, one patch high
+        yield {name: maker.floats(1, colours, patch, number * patch), **along}
     times = dict.fromkeys((_whole(vision, ("temporal_patch_size",), 1), 1, 2))
     for time in times:
         yield {name: maker.floats(number, colours * time * patch * patch), **along}
@@ -104,11 +138,13 @@ def patches(maker: Maker, count: int, name: str, taken: Any = None) -> Iterator[
         (1, number, colours, patch, patch),
         (1, number, colours * patch * patch),
         (number, 2, colours, patch, patch),
-        (number // (merge * merge), patch * merge, patch * merge, colours),
-        (number // (merge * merge), 2, patch * merge, patch * merge, colours),
+        (number, next(iter(times)), patch, patch, colours),
         (number, width),
     ):
         yield {name: maker.floats(*shape), **along}
+    if merge > 1:  # the grid counts what is merged
+        merged = maker.floats(number // (merge * merge), patch * merge, patch * merge, colours)
+        yield {name: merged, **along, **grid(rows // merge, columns // merge)}
 
 
 def _whole(config: Any, names: tuple[str, ...], otherwise: int) -> int:

@@ -13,14 +13,15 @@ import torch
 
 from flopprof.counting.values import carried, needs_values
 from flopprof.errors import FlopprofError, ModelFailed, UsageError
+from flopprof.models.hf_agreed import scattered
 from flopprof.models.hf_documented import Unsaid, made, required
 from flopprof.models.hf_maker import TEXT_PARTS, Inputs, Maker, channels, ids, length_of, part, sides, token
-from flopprof.models.hf_pictures import GRIDS, flattened, patches, sized
+from flopprof.models.hf_pictures import come_in_patches, flattened, patches, sized
 from flopprof.models.hf_sound import spectrogram, spectrograms
 from flopprof.models.hf_trial import failing, lengths
 from flopprof.models.inputs import first_line
 
-_MOST_TRIED = 24
+_MOST_TRIED = 40
 _MOST_TRIED_WHOLE = 8  # in forwards of the whole model
 _TOO_FEW = 2  # placeholders: for no sound; some models take a single one to stand for a whole sound
 
@@ -53,7 +54,7 @@ def mixed(maker: Maker) -> Inputs | None:
     runs: list[_Run] = []
     notes: list[str] = []
     if sees and images:
-        given, each = _pictures(maker, maker.request.batch * images)
+        given, each = _pictures(maker, maker.request.batch * images, picture or 0)
         kwargs.update(given)
         around = [token(maker.config, f"vision_{end}_token_id") for end in ("start", "end")]
         runs += [_Run(picture or 0, each, *((() if mark is None else (mark,)) for mark in around))] * images
@@ -107,8 +108,8 @@ def _filled(
 
 
 # --- pictures -----------------------------------------------------------------------------------
-def _pictures(maker: Maker, count: int) -> tuple[dict[str, Any], int]:
-    """(the pictures, placeholders for each): the first of the layouts that the model's encoder takes."""
+def _pictures(maker: Maker, count: int, mark: int) -> tuple[dict[str, Any], int]:
+    """(the pictures, placeholders for each): the first of the layouts that the model's encoder takes, or the whole."""
     if "aspect_ratio_ids" in maker.taken:
         return _tiles(maker), 1
     problem: Exception | None = None
@@ -119,11 +120,28 @@ def _pictures(maker: Maker, count: int) -> tuple[dict[str, Any], int]:
             problem = problem or error
             if isinstance(error.__cause__, Exception) and needs_values(error.__cause__):
                 break  # a layout that it takes
+    for layout in islice(_layouts(maker, count), _MOST_TRIED_WHOLE):
+        each = _watched(maker, count, mark, layout)
+        if each is not None:
+            return layout, each
     raise problem or UsageError(f"{type(maker.model).__name__} takes pictures in no known layout: --images 0.")
 
 
+def _watched(maker: Maker, count: int, mark: int, layout: dict[str, Any]) -> int | None:
+    """Placeholders for each picture: the features that a forward puts where they are. None for another layout."""
+
+    def text(each: int) -> Mapping[str, Any]:
+        return _filled(maker, [_Run(mark, each, (), ())] * maker.request.images, layout, mark, ()).kwargs
+
+    for _, rows in scattered(maker, text(1))[:1]:
+        each = rows // count
+        if each and scattered(maker, text(each))[:1] == [(rows, rows)] and failing(maker, text(each)) is None:
+            return each
+    return None
+
+
 def _layouts(maker: Maker, count: int) -> Iterator[dict[str, Any]]:
-    if any(name in maker.taken for name in GRIDS):
+    if come_in_patches(maker):
         yield from patches(maker, count, "pixel_values")
         return
     height, width = sides(maker)
@@ -153,6 +171,7 @@ def _layouts(maker: Maker, count: int) -> Iterator[dict[str, Any]]:
         height, width = sides(maker)
         shape = (count, max(1, height // patch) * max(1, width // patch), channels(maker.vision) * patch * patch)
         yield {"pixel_values": maker.floats(*shape)}
+        yield from patches(maker, count, "pixel_values")
 
 
 def _tiles(maker: Maker) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -18,14 +19,18 @@ from flopprof.models.inputs import first_line
 logger = logging.getLogger(__name__)
 
 
-def failing(maker: Maker, kwargs: Mapping[str, Any]) -> tuple[str, int] | None:
+def failing(
+    maker: Maker, kwargs: Mapping[str, Any], watch: AbstractContextManager[Any] | None = None
+) -> tuple[str, int] | None:
     """The line on which a forward fails, as (file, number); None where it goes through, or stops for want of values.
 
-    The model is left as it was.
+    The model is left as it was. `watch` is open around the forward alone.
     """
     try:
         with preserved([maker.model], ((), kwargs), None), torch.no_grad(), carried(lambda _: None, model=maker.model):
-            maker.model(**(moved(kwargs) if maker.device == "meta" else kwargs))
+            given = moved(kwargs) if maker.device == "meta" else kwargs
+            with watch or nullcontext():
+                maker.model(**given)
     except ValuesUnknown:
         return None
     except Exception as error:  # whatever a model raises of a layout that it does not take
