@@ -42,7 +42,7 @@ def test_no_attribute_is_left_on_modules_or_tensors() -> None:
 
 def internal_size(counter: FlopCounter) -> dict[str, int]:
     """Entries in every table that a counter keeps."""
-    where, tally, sources = counter.where, counter._tally, counter._sources
+    where, tally, sources = counter.where, counter.tally, counter._sources
     return {
         "timelines": sum(len(timeline) for timeline in where._timelines.values()),
         "counted": len(tally.counted),

@@ -10,7 +10,16 @@ import pytest
 
 from flopprof.errors import InvalidProfile
 from flopprof.profile import Profile
-from flopprof.rows import ElementwiseRow, ModuleRow, Operand, OperatorRow, ParameterRow, RoutingRow, UncountedRow
+from flopprof.rows import (
+    ElementwiseRow,
+    ExpertsRow,
+    ModuleRow,
+    Operand,
+    OperatorRow,
+    ParameterRow,
+    RoutingRow,
+    UncountedRow,
+)
 
 PAGE = (Path(__file__).parents[1] / "docs" / "profile.md").read_text()
 TABLES = {
@@ -33,6 +42,7 @@ def fields(*structs: type[msgspec.Struct]) -> list[str]:
         ("of `elementwise`, `uncounted_rows`", [ElementwiseRow, UncountedRow]),
         ("of `parameters`", [ParameterRow]),
         ("of `routing`", [RoutingRow]),
+        ("of `experts`", [ExpertsRow]),
     ],
 )
 def test_every_field_is_documented(head: str, structs: list[type[msgspec.Struct]]) -> None:

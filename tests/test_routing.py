@@ -248,6 +248,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "decoder_ffn_dim": 48, "num_experts": 4, "encoder_sparse_step": 2, "decoder_sparse_step": 2,
     },
     "JetMoe": {"num_local_experts": 4, "kv_channels": 8},  # queries are routed too
+    "Phimoe": {"num_local_experts": 4},  # the best one by max, then the best of the rest
 }  # fmt: skip
 
 
@@ -282,6 +283,29 @@ def test_told_what_a_transformers_model_did_meta_counts_it(kind: str, tmp_path: 
     again = load(str(tmp_path), seq=SEQ, routing=json.loads(to_json(ran)), device="meta").count(backward=True)
     for phase in ("forward", "backward"):
         assert again.by_module(phase) == ran.by_module(phase)
+
+
+def test_a_maximum_is_a_choice_where_its_place_is_looked_up() -> None:
+    class Best(Block):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            scores = self.gate(x)
+            scores = scores - scores.max(dim=-1, keepdim=True).values  # no choice
+            place = scores.max(dim=-1, keepdim=True)[1]
+            if self.training:  # as sparse mixers do: another one is chosen, and a third looked at
+                place = (scores + torch.rand_like(scores)).max(dim=-1, keepdim=True)[1]
+            weight = scores.gather(-1, place) * (place == scores.max(-1, keepdim=True)[1])
+            self.chosen = place.detach()
+            return weight * x
+
+    torch.manual_seed(0)
+    block, x = Best(), torch.randn(TOKENS, D)
+    for train in (False, True):
+        (row,) = count(block.train(train), x, backward=True).routing
+        with torch.random.fork_rng(), FlopCounter(block) as counter:
+            block(x)
+            (seen,) = counter.profile.routing
+        assert seen.tokens == tuple(torch.bincount(block.chosen.flatten(), minlength=EXPERTS).tolist())
+        assert (row.calls, sum(row.tokens)) == (1, TOKENS)
 
 
 def test_the_command_saves_what_it_reads(tmp_path: Path) -> None:

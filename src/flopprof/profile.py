@@ -14,6 +14,7 @@ from flopprof.rows import (
     PHASES,
     Attention,
     ElementwiseRow,
+    ExpertsRow,
     Kind,
     ModuleRow,
     Operand,
@@ -33,6 +34,7 @@ __all__ = [
     "SCHEMA",
     "Attention",
     "ElementwiseRow",
+    "ExpertsRow",
     "Kind",
     "ModuleRow",
     "Operand",
@@ -59,6 +61,7 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True):
     elementwise: tuple[ElementwiseRow, ...] = ()
     uncounted_rows: tuple[UncountedRow, ...] = ()
     routing: tuple[RoutingRow, ...] = ()
+    experts: tuple[ExpertsRow, ...] = ()
     assumptions: tuple[str, ...] = ()
     attention: Attention = "full"
     device: str = "cpu"
@@ -97,6 +100,11 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True):
     def model_flops(self) -> int:
         """forward + backward: what the mathematics requires."""
         return self.forward_flops + self.backward_flops
+
+    @property
+    def active_flops(self) -> int:
+        """model_flops without the experts that no token chose; the same where only chosen ones were multiplied."""
+        return self.model_flops - sum(row.flops - row.active_flops for row in self.experts)
 
     @property
     def hardware_flops(self) -> int:

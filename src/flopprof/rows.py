@@ -106,6 +106,20 @@ class RoutingRow(msgspec.Struct, frozen=True, kw_only=True, gc=False):
         return max(self.tokens) * len(self.tokens) / max(1, sum(self.tokens))
 
 
+class ExpertsRow(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+    """Products with the weights of all experts in one phase, where each token chose `chosen` of them; fqn: who chose.
+
+    flops: as they ran, every expert for every token; active_flops: of the chosen ones.
+    """
+
+    fqn: str
+    experts: int
+    chosen: int
+    phase: Phase
+    flops: int
+    active_flops: int
+
+
 class ModuleRow(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """One module that ran: its class, calls, parameters (its own and its children's, tied ones once), output."""
 

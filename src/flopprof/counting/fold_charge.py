@@ -11,10 +11,10 @@ import msgspec
 import torch
 
 from flopprof.counting.attribution import walk
+from flopprof.counting.idle import MERGED, Choices, idle_experts
 from flopprof.profile import PHASES, ElementwiseRow, ModuleRow, Operand, OperatorRow, Profile, UncountedRow, ancestors
 
 _PHASE = {phase: number for number, phase in enumerate(PHASES)}
-_MERGED = " + "
 _replace = msgspec.structs.replace
 
 
@@ -43,12 +43,14 @@ class _Rows:
     module: ModuleRow | None = None
 
 
-def charge(profile: Profile, folds: Iterable[Fold], proofs: Iterable[Proof] = ()) -> tuple[Profile, str]:
+def charge(
+    profile: Profile, folds: Iterable[Fold], proofs: Iterable[Proof] = (), choices: Iterable[Choices] = ()
+) -> tuple[Profile, str]:
     """The profile with each folded module's rows: its template's, of all phases, under the folded module's names.
 
     Also the first of `proofs` that did not do what its template did, empty where all did. What the profile has under a
     folded module's own name is dropped: the sums that autograd makes of its gradients, which its template's rows hold
-    already. Rows are not in order: see `ordered`.
+    already. Rows are not in order: see `ordered`. choices: of the routers that ran, whose siblings chose alike.
     """
     table = _by_module(profile)
     folds = sorted(folds, key=lambda fold: fold.size)
@@ -67,6 +69,10 @@ def charge(profile: Profile, folds: Iterable[Fold], proofs: Iterable[Proof] = ()
         elementwise=tuple(row for rows in table.values() for row in rows.elementwise),
         uncounted_rows=tuple(row for rows in table.values() for row in rows.uncounted),
     )
+    known = list(choices)
+    for fold in folds:
+        known += [made for each in known if (made := each.renamed(fold.template, fold.fqn)) is not None]
+    charged = _replace(charged, experts=idle_experts(charged, known))
     wrong = (proof.fqn for proof in proofs if proof.template in templates and not _same(table, proof))
     return charged, next(wrong, "")
 
@@ -107,7 +113,7 @@ def used_outside(profile: Profile, folds: Iterable[Fold]) -> str:
     owners: dict[str, set[str]] = {}
     for row in profile.operators:
         names = {row.parameter, *(operand.name for operand in row.operands)} - {""}
-        for part in () if row.phase == "optimizer" else {part for name in names for part in name.split(_MERGED)}:
+        for part in () if row.phase == "optimizer" else {part for name in names for part in name.split(MERGED)}:
             if part not in owners:
                 owners[part] = templates.intersection(ancestors(part))
             if owners[part] and not owners[part].issubset(ancestors(row.fqn)):
@@ -164,8 +170,8 @@ def _renamed(rows: _Rows, old: str, new: str) -> _Rows:
     cut = len(old)
 
     def name(fqn: str) -> str:
-        if _MERGED in fqn:  # made of several parameters
-            return _MERGED.join(map(name, fqn.split(_MERGED)))
+        if MERGED in fqn:  # made of several parameters
+            return MERGED.join(map(name, fqn.split(MERGED)))
         # a module's own name, a name below it, or a site in it (`layers.0#2`)
         return new + fqn[cut:] if fqn.startswith(old) and fqn[cut : cut + 1] in ("", ".", "#") else fqn
 

@@ -362,7 +362,7 @@ class Folding:
             for group in {id(member.group): member.group for member in folded}.values()
             for call, match in group.proofs
         ]
-        charged, wrong = fold_charge.charge(profile, folds, proofs)
+        charged, wrong = fold_charge.charge(profile, folds, proofs, self._counter.tally.routing.choices)
         if wrong := wrong or fold_charge.used_outside(profile, folds):
             raise self._doubt(f"{wrong} did not do what its siblings' template did")
         return charged

@@ -20,7 +20,11 @@ def run(counter: FlopCounter, entry: Entry, args: Any, kwargs: Any) -> Any:
     """The operator's own result; what it runs inside is counted, and named where nothing could be."""
     if entry.kind is Kind.CHOICE:
         out = entry.call(*args, **kwargs)
-        counter.note_choice(entry, args, out)
+        frame, phase = counter.where.now()
+        if phase == "forward":
+            counter.tally.routing.note(counter.where.names.frames, frame, entry.name, args, out)
+        if entry.elementwise is not None:
+            counter.tally.add_elementwise(entry, frame, phase, counter.elementwise(entry, args, kwargs, out))
         return out
     if entry.kind is Kind.UNCOUNTED:
         counter.uncounted(entry.name, args, entry.reason)

@@ -24,7 +24,7 @@ class Kind(IntEnum):
     OPAQUE = 3  # no table knows it: run it with the counter looking inside
     UNCOUNTED = 4
     HIGHER_ORDER = 5
-    CHOICE = 6  # free; routers choose experts by it
+    CHOICE = 6  # free or elementwise; routers choose experts by it
 
 
 # In backward, these nodes spell their matrix-vector products as a broadcast multiplication.
@@ -44,7 +44,8 @@ _REFORMS = frozenset(
 )
 
 
-_CHOICES = frozenset({"aten::topk", "aten::argmax"})
+# By their index, the last two tell which maximum was a choice.
+_CHOICES = frozenset({"aten::topk", "aten::argmax", "aten::gather", "aten::scatter"})
 
 # Whole under inference_mode; with complex operands they run three real convolutions, which are then counted.
 _COMPLEX_INSIDE = frozenset(
@@ -161,6 +162,8 @@ def _classify(func: Any, name: str) -> Entry:
         entry.unit = cost.cost
         entry.per_out = cost.per == "out" and cost.cost_of is None
         entry.per_in = cost.per == "in" and cost.cost_of is None and 0 in _positions(func, "Tensor")
+        if func is _aten.max.dim or name in _CHOICES:
+            entry.kind = Kind.CHOICE
     elif name in _CHOICES:
         entry = Entry(func, name, Kind.CHOICE)
     elif name in FREE or name.partition("::")[0] in FREE_NAMESPACES or not _has_tensor(func):

@@ -8,11 +8,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
 
+from flopprof.counting.idle import Choices
 from flopprof.counting.values_store import aside
 from flopprof.errors import UsageError
 from flopprof.rows import RoutingRow
@@ -33,13 +34,24 @@ class Seen:
     """Tokens for each expert, by the module that chose, added up over calls."""
 
     def __init__(self) -> None:
-        self._found: dict[tuple[str, int], _Choices] = {}
-        self._routers: dict[tuple[str, int], bool] = {}
+        self._routers: dict[tuple[str, int], _Router | None] = {}
+        self._maxima: dict[str, _Maximum] = {}  # of each module the last, of which it is not known yet what it is for
+
+    @property
+    def choices(self) -> list[Choices]:
+        """How widely each router chose, also on meta."""
+        return [router.choices for router in self._routers.values() if router is not None and router.choices.calls]
 
     def note(self, frames: Mapping[str, Frame], frame: Frame, base: str, args: Any, out: Any) -> None:
-        """An operator chose the largest of some scores, in a forward on real numbers."""
-        scores, chosen = args[0], out[1] if base == "aten::topk" else out
-        if chosen.is_meta or type(chosen) is not torch.Tensor or not scores.is_floating_point() or scores.dim() < 2:
+        """An operator chose the largest of some scores, in a forward; or looked up what was chosen.
+
+        A maximum is a choice only where its place is looked up: it may be there for its value alone.
+        """
+        if base in ("aten::gather", "aten::scatter"):
+            self._looked_up(frame, args)
+            return
+        scores, chosen = args[0], out if base == "aten::argmax" else out[1]
+        if type(chosen) is not torch.Tensor or not scores.is_floating_point() or scores.dim() < 2:
             return
         dim = args[2 if base == "aten::topk" else 1] if len(args) > (2 if base == "aten::topk" else 1) else -1
         if dim is None:
@@ -49,49 +61,81 @@ class Seen:
             return
         key = frame.fqn, experts
         if key not in self._routers:
-            self._routers[key] = _routes(frames, frame.fqn, experts)
-        if not self._routers[key]:
+            slots = _weights(frames, frame.fqn, experts)
+            self._routers[key] = _Router(Choices(frame.fqn, experts, slots)) if slots else None
+        router = self._routers[key]
+        if router is None:
             return
-        with aside():
-            index = chosen.reshape(-1)
-            tokens = torch.zeros(experts, dtype=torch.int64, device=chosen.device)
-            tokens.scatter_add_(0, index, torch.ones_like(index))
-            found = self._found.setdefault(key, _Choices(torch.zeros_like(tokens)))
-            found.total += tokens
-        found.calls += 1
-        if found.calls <= _MOST_APART:
-            found.each.append(tokens)
+        if base == "aten::max":
+            self._maxima[frame.fqn] = _Maximum(router, chosen, scores.numel() // experts)
+        else:
+            router.note(chosen, scores.numel() // experts)
+
+    def _looked_up(self, frame: Frame, args: Any) -> None:
+        last = self._maxima.get(frame.fqn)
+        if last is None or len(args) < 3 or type(args[2]) is not torch.Tensor:
+            return
+        if args[2].untyped_storage()._cdata == last.chosen.untyped_storage()._cdata:
+            last.router.note(last.chosen, last.rows)
+            del self._maxima[frame.fqn]
 
     def rows(self) -> tuple[RoutingRow, ...]:
         """One row a router, in the order in which they ran."""
         with aside():
-            return tuple(
-                RoutingRow(
-                    fqn=fqn,
-                    tokens=tuple(found.total.tolist()),
-                    calls=found.calls,
-                    each=tuple(tuple(tokens.tolist()) for tokens in found.each)
-                    if 1 < found.calls <= _MOST_APART
-                    else (),
-                )
-                for (fqn, _experts), found in self._found.items()
-            )
+            return tuple(router.row() for router in self._routers.values() if router is not None and router.calls)
 
 
-class _Choices:
-    """Of one router: tokens of all its choices, and of the first few each."""
+class _Maximum(NamedTuple):
+    router: _Router
+    chosen: torch.Tensor
+    rows: int
 
-    def __init__(self, total: torch.Tensor) -> None:
-        self.total, self.calls, self.each = total, 0, list[torch.Tensor]()
+
+class _Router:
+    """Tokens of all its choices on real numbers, and of the first few each."""
+
+    def __init__(self, choices: Choices) -> None:
+        self.choices, self.calls, self.each = choices, 0, list[torch.Tensor]()
+        self._total: torch.Tensor | None = None
+
+    def note(self, chosen: torch.Tensor, rows: int) -> None:
+        """One more choice."""
+        self.choices.add(rows, chosen.numel())
+        if chosen.is_meta:
+            return
+        with aside():
+            index = chosen.reshape(-1)
+            tokens = torch.zeros(self.choices.experts, dtype=torch.int64, device=chosen.device)
+            tokens.scatter_add_(0, index, torch.ones_like(index))
+            self._total = tokens if self._total is None else self._total + tokens
+        self.calls += 1
+        if self.calls <= _MOST_APART:
+            self.each.append(tokens)
+
+    def row(self) -> RoutingRow:
+        """What was seen."""
+        assert self._total is not None
+        apart = 1 < self.calls <= _MOST_APART
+        return RoutingRow(
+            fqn=self.choices.fqn,
+            tokens=tuple(self._total.tolist()),
+            calls=self.calls,
+            each=tuple(tuple(tokens.tolist()) for tokens in self.each) if apart else (),
+        )
 
 
-def _routes(frames: Mapping[str, Frame], fqn: str, experts: int) -> bool:
-    """Does the module, or the one around it, hold so many experts: modules of a list, or slices of a parameter?"""
+def _weights(frames: Mapping[str, Frame], fqn: str, experts: int) -> tuple[Mapping[str, int], ...]:
+    """Names and elements of the weights of so many experts that the module, or the one around it, holds.
+
+    They are modules of a list, or slices of a parameter; a mapping for each part of an expert.
+    """
     for name in (fqn, fqn.rpartition(".")[0]):
         module = _module(frames, name)
-        if module is not None and any(_holds(part, experts) for part in _within(module, _DEPTH)):
-            return True
-    return False
+        parts = () if module is None else _within(module, name, _DEPTH)
+        found = [slot for fqn_of, part in parts for slot in _held(part, fqn_of, experts)]
+        if found:
+            return tuple(found)
+    return ()
 
 
 def _module(frames: Mapping[str, Frame], fqn: str) -> nn.Module | None:
@@ -107,24 +151,27 @@ def _module(frames: Mapping[str, Frame], fqn: str) -> nn.Module | None:
     return None
 
 
-def _within(module: nn.Module, depth: int) -> Iterator[nn.Module]:
-    yield module
+def _within(module: nn.Module, fqn: str, depth: int) -> Iterator[tuple[str, nn.Module]]:
+    yield fqn, module
     if depth:
-        for child in module.children():
-            yield from _within(child, depth - 1)
+        for name, child in module.named_children():
+            yield from _within(child, f"{fqn}.{name}" if fqn else name, depth - 1)
 
 
-def _holds(module: nn.Module, experts: int) -> bool:
-    for child in module.children():
-        if (
-            isinstance(child, nn.ModuleList | nn.ModuleDict)
-            and experts in Counter(map(type, child.children())).values()
-        ):
-            return True
-    return any(
-        parameter is not None and parameter.dim() >= 3 and parameter.shape[0] == experts
-        for parameter in module._parameters.values()
-    )
+def _held(module: nn.Module, fqn: str, experts: int) -> Iterator[dict[str, int]]:
+    prefix = f"{fqn}." if fqn else ""
+    for key, child in module.named_children():
+        if isinstance(child, nn.ModuleList | nn.ModuleDict):
+            kinds = Counter(map(type, child.children()))
+            alike = [pair for pair in child.named_children() if kinds[type(pair[1])] == experts]
+            parts: dict[str, dict[str, int]] = {}
+            for number, expert in alike:
+                for name, parameter in expert.named_parameters():
+                    parts.setdefault(name, {})[f"{prefix}{key}.{number}.{name}"] = parameter.numel()
+            yield from parts.values() if parts or not alike else [{}]
+    for key, stack in module._parameters.items():
+        if stack is not None and stack.dim() >= 3 and stack.shape[0] == experts:
+            yield {f"{prefix}{key}": stack.numel()}
 
 
 # --- what is told ---------------------------------------------------------------------------------

@@ -88,7 +88,7 @@ class FlopCounter(TorchDispatchMode):
             raise RuntimeError("FlopCounter.reset() is for a closed counter: leave its `with` block first.")
         self._sources = Sources()
         self._names = Names(self.model, self._sources)
-        self._tally = Tally()
+        self.tally = Tally()  # the counts under way
         self.where = Whereabouts(self._names, running_line if self.lines else None)
         self.unseen = Unseen()
         self._entries = entries()
@@ -98,12 +98,12 @@ class FlopCounter(TorchDispatchMode):
     @property
     def profile(self) -> Profile:
         """Everything counted so far."""
-        return self._tally.profile(self._names.frames, self.model, self.attention)
+        return self.tally.profile(self._names.frames, self.model, self.attention)
 
     def __enter__(self) -> FlopCounter:
         if not self._open:
             self._entries = entries()
-            self._tally.reopen()
+            self.tally.reopen()
             self._thread = threading.get_ident()
             self.where.open()
             installed.acquire()
@@ -118,7 +118,7 @@ class FlopCounter(TorchDispatchMode):
         if not self._open:
             super().__exit__(*error)  # type: ignore[no-untyped-call]
             installed.release()
-            self._tally.close(self._names.frames, self.model)
+            self.tally.close(self._names.frames, self.model)
             self.where.close()
 
     @contextmanager
@@ -133,12 +133,12 @@ class FlopCounter(TorchDispatchMode):
     @contextmanager
     def muted(self) -> Iterator[None]:
         """What runs inside is seen and forgotten."""
-        kept = self._tally, self.counted_calls
-        self._tally = Tally()
+        kept = self.tally, self.counted_calls
+        self.tally = Tally()
         try:
             yield
         finally:
-            self._tally, self.counted_calls = kept
+            self.tally, self.counted_calls = kept
 
     def __torch_dispatch__(  # noqa: PLR0915 - calls within would cost more than some of the operators
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
@@ -175,8 +175,8 @@ class FlopCounter(TorchDispatchMode):
             elif entry.per_in and args and isinstance(args[0], _Tensor):
                 flops = entry.unit * args[0].numel()
             else:
-                flops = self._elementwise(entry, args, kwargs or {}, out)
-            counts = self._tally.elementwise
+                flops = self.elementwise(entry, args, kwargs or {}, out)
+            counts = self.tally.elementwise
             key = (entry, frame, phase, flops)
             try:
                 counts[key] += 1
@@ -237,7 +237,8 @@ class FlopCounter(TorchDispatchMode):
             wanted = wanted or (wants and position in entry.positions)
         return wanted, operands
 
-    def _elementwise(self, entry: Entry, args: Any, kwargs: Any, out: Any) -> int:
+    def elementwise(self, entry: Entry, args: Any, kwargs: Any, out: Any) -> int:
+        """Elementwise FLOPs of a call."""
         assert entry.elementwise is not None
         try:
             cost_of = entry.elementwise.cost_of
@@ -300,9 +301,9 @@ class FlopCounter(TorchDispatchMode):
             origin = self.where.origin()
         self.counted_calls += 1
         key = (entry, frame, phase, origin, identity, flops, causal, known)
-        row = self._tally.counted.get(key)
+        row = self.tally.counted.get(key)
         if row is None:
-            row = self._tally.add_row(key, self._sources.describe(args, kwargs, frame.own()), out)
+            row = self.tally.add_row(key, self._sources.describe(args, kwargs, frame.own()), out)
         row.calls += 1
         if wanted:
             self.where.remember(row)
@@ -319,16 +320,11 @@ class FlopCounter(TorchDispatchMode):
 
     def _uncounted(self, name: str, frame: Frame, phase: Phase, tensors: Any, reason: str) -> None:
         self.seen += 1  # the modules above need not report it again
-        self._tally.add_uncounted(name, frame, phase, tensors, reason)
-
-    def note_choice(self, entry: Entry, args: Any, out: Any) -> None:
-        """The largest of some scores were chosen: in a forward, what a router does."""
-        if _node() is None:
-            self._tally.routing.note(self._names.frames, self.where.frame, entry.name, args, out)
+        self.tally.add_uncounted(name, frame, phase, tensors, reason)
 
     def assume(self, sentence: str) -> None:
         """Note what had to be guessed."""
-        self._tally.assumptions[sentence] = None
+        self.tally.assumptions[sentence] = None
 
     def returned(self, frame: Frame, seen: int, inputs: Any, output: Any) -> None:
         """A module returned: note its output, and whether it came from outside the dispatcher."""

@@ -7,9 +7,11 @@ from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
+from msgspec.structs import replace
 from torch.utils._pytree import tree_leaves
 
 from flopprof.counting.attribution import Frame, unwrap, walk
+from flopprof.counting.idle import idle_experts
 from flopprof.counting.lines import shorten
 from flopprof.counting.operands import Source
 from flopprof.counting.operators import Entry
@@ -77,6 +79,11 @@ class Tally:
         key = (name, frame, phase, _shapes(tensors), reason)
         self.uncounted[key] = self.uncounted.get(key, 0) + 1
 
+    def add_elementwise(self, entry: Entry, frame: Frame, phase: Phase, flops: int) -> None:
+        """One more call of an elementwise operator; FlopCounter does as much itself for all but a few."""
+        key = (entry, frame, phase, flops)
+        self.elementwise[key] = self.elementwise.get(key, 0) + 1
+
     def reopen(self) -> None:
         """More is to come."""
         self._closed = None
@@ -103,7 +110,7 @@ class Tally:
         ordered = self._closed if self._closed is not None else self._measured(frames, model)
         sites = _sites(self.counted)
         rows = tuple(_operator_row(key, row, sites, attention) for key, row in self.counted.items())
-        return Profile(
+        profile = Profile(
             modules=tuple(_module_row(frame) for frame in ordered),
             operators=rows,
             elementwise=_elementwise_rows(self.elementwise),
@@ -120,6 +127,8 @@ class Tally:
             parameters=self._parameters,
             torch_version=str(torch.__version__),
         )
+        idle = idle_experts(profile, self.routing.choices)
+        return replace(profile, experts=idle) if idle else profile
 
 
 def _sites(counted: dict[tuple[Any, ...], Row]) -> dict[Row, str]:

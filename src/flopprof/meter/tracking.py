@@ -266,7 +266,7 @@ class Tracker:
         counter = self.counter
         tally = None
         if counter is not None:
-            tally, counter._tally = counter._tally, Tally()
+            tally, counter.tally = counter.tally, Tally()
         if segment is None:
             return None
         made = 0 if self._sight.blind else _nodes_made() - self._made

@@ -51,7 +51,7 @@ def read_routing(path: str) -> Routing:
 def to_json(profile: Profile) -> str:
     """What the routers of a run did, for `read_routing`. Raises FlopprofError where that is not known."""
     if not profile.routing:
-        seen = "was seen to choose among no experts, by topk or argmax"
+        seen = "was seen to choose among no experts, by topk, argmax or max"
         why = "was counted on meta, where nothing is chosen" if profile.device == "meta" else seen
         raise FlopprofError(f"no routing to save: {profile.target or 'the model'} {why}.")
     for row in profile.routing:

@@ -11,7 +11,7 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from flopprof.profile import PHASES, Attention, OperatorRow, Profile
-from flopprof.report.facts import Facts
+from flopprof.report.facts import Facts, idle_experts
 from flopprof.report.grid import Column, Grid
 from flopprof.report.lines import lines_table
 from flopprof.report.tree import Node, module_tree
@@ -165,6 +165,9 @@ def _totals(view: _View) -> Iterator[tuple[str, str]]:
         model = view.total(profile.model_flops, bound=bool(holes & {"forward", "backward"}))
         yield "model", f"{model}  forward + backward"
         yield "hardware", f"{view.total(profile.hardware_flops, bound=bool(holes))}  everything executed"
+    if idle := idle_experts(profile):
+        active = view.total(profile.active_flops, bound=bool(holes & {"forward", "backward"}))
+        yield "active", f"{active}  {'forward + backward, ' if len(view.phases) > 1 else ''}{idle}"
     yield "elementwise", f"{format_si(profile.elementwise_flops, 'FLOPs')}  apart: in none of the numbers above"
     yield "convention", _CONVENTION
     yield from _attention(view)

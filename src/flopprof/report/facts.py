@@ -9,7 +9,15 @@ from dataclasses import dataclass
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.text import Text
 
+from flopprof.profile import Profile
+
 _NARROWEST = 20
+
+
+def idle_experts(profile: Profile) -> str:
+    """What ran in vain: `1 of 16 experts a token; the code multiplies all of them`; empty where nothing did."""
+    kinds = dict.fromkeys(f"{row.chosen} of {row.experts}" for row in profile.experts)
+    return f"{' or '.join(kinds)} experts a token; the code multiplies all of them" if kinds else ""
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from flopprof.profile import PHASES, Profile
+from flopprof.report.facts import idle_experts
 from flopprof.report.tree import Node, module_tree
 from flopprof.units import common_step, format_fixed, format_flops, format_share, format_si, unit_name
 
@@ -33,6 +34,9 @@ def _totals(profile: Profile) -> Iterator[str]:
     rows = [(phase, flops) for phase, flops in profile.by_phase().items() if flops]
     rows += [("model: forward + backward", profile.model_flops), ("hardware: everything", profile.hardware_flops)]
     table = [(name, f"{bound}{format_flops(flops)}", f"{flops:,}") for name, flops in rows]
+    if profile.experts:
+        name = f"active: {idle_experts(profile)}"
+        table.append((name, f"{bound}{format_flops(profile.active_flops)}", f"{profile.active_flops:,}"))
     table.append(("elementwise", format_si(profile.elementwise_flops, "FLOPs"), f"{profile.elementwise_flops:,}"))
     table.append(("parameters", format_si(profile.n_params), f"{profile.n_params:,}"))
     yield from pipe_table(["Total", "", "Exact"], table)

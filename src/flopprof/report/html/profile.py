@@ -9,6 +9,7 @@ from flopprof.errors import UsageError
 from flopprof.hardware.table import Device
 from flopprof.ledger import Ledger
 from flopprof.profile import PHASES, Phase, Profile
+from flopprof.report.facts import idle_experts
 from flopprof.report.html import ledger as waterfall
 from flopprof.report.html import modules, roofline
 from flopprof.report.html.elements import Head, escape, exact, facts, figure, paragraph, scaled, table
@@ -59,6 +60,8 @@ def totals(profile: Profile) -> Section:
             ("model: forward + backward", profile.model_flops, bool(holes & {"forward", "backward"})),
             ("hardware: all executed", profile.hardware_flops, bool(holes)),
         ]
+    if profile.experts:
+        cards.append(("active: only chosen experts", profile.active_flops, bool(holes & {"forward", "backward"})))
     boxes = "".join(
         f"<div><dt>{escape(label)}</dt><dd>{'&ge; ' if at_least else ''}{escape(format_si(flops, 'FLOPs'))}"
         f'<span class="integer">{exact(flops)} FLOPs</span></dd></div>'
@@ -86,6 +89,8 @@ def totals(profile: Profile) -> Section:
 
 
 def _facts(profile: Profile) -> Iterator[tuple[str, str]]:
+    if idle := idle_experts(profile):
+        yield "active", f"{scaled(profile.active_flops)}, of the model's: {idle}"
     yield "elementwise", f"{scaled(profile.elementwise_flops)}, apart: in none of the numbers above"
     if profile.bytes_moved:
         moved = profile.bytes_moved
