@@ -8,6 +8,7 @@ runs on is taken.
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
@@ -32,6 +33,7 @@ _OF_SOUND = re.compile(r"(features|audio|mel|attention|padding)_mask$")
 _NEVER = re.compile(
     r"^(labels|past_|output_|head_mask|inputs_embeds|return_|use_|cache_|(attention_mask|position_ids)$)"
 )
+_LONGEST = 4096  # of texts that are tried where nobody asked for a length
 _MOST_TRIED = 24  # layouts of one input
 _MOST_CHANGED = 3  # changes to which a second one is made
 _MOST_CHANGES = 30
@@ -43,12 +45,21 @@ def make_inputs(model: nn.Module, request: Request, device: str) -> Inputs:
     maker = Maker(model, request, device)
     found = mixed(maker) or _first_that_runs(maker)
     kwargs = dict(found.kwargs)
-    if "use_cache" in maker.taken:  # a cache multiplies nothing, and is made of many objects
+    if _caches(maker):  # a cache multiplies nothing, and is made of many objects
         kwargs["use_cache"] = False
     left = [name for name in maker.taken if _SEEN_OR_HEARD.search(name) and name not in kwargs]
     alone = "input_ids" in kwargs and not any(_SEEN_OR_HEARD.search(name) for name in kwargs)
     note = (f"only text was given: the model also takes {', '.join(left)}",) if left and alone else ()
     return Inputs(kwargs, found.tokens, found.samples, (*found.assumptions, *(note if not found.assumptions else ())))
+
+
+def _caches(maker: Maker) -> bool:
+    """Does `forward` take `use_cache`, or hand whatever it is given to a model inside that does?"""
+    inner = getattr(maker.model, "base_model", None)
+    hands_on = any(item.kind is item.VAR_KEYWORD for item in maker.taken.values())
+    return "use_cache" in maker.taken or (
+        hands_on and inner is not None and "use_cache" in inspect.signature(inner.forward).parameters
+    )
 
 
 def _first_that_runs(maker: Maker) -> Inputs:
@@ -95,11 +106,12 @@ def _searched(maker: Maker, bases: Iterable[Inputs]) -> Inputs | None:
 
 
 def _usual(maker: Maker) -> bool:
-    """Are ids of text documented as (batch, length), and nothing else as needed, and nothing seen or heard?"""
+    """Are ids of text documented as (batch, length) of any length, and nothing else as needed, seen or heard?"""
     said = documented(maker.model.forward)
-    sizes = [len(item.sizes) for name, item in said.items() if name in ("input_ids", "decoder_input_ids")]
+    words = [item for name, item in said.items() if name in ("input_ids", "decoder_input_ids")]
     more = any(_SEEN_OR_HEARD.search(name) for name in maker.taken)
-    plain = all(size == 2 for size in sizes) and not more and not any(_codes(maker))
+    plain = all(len(item.sizes) == 2 and "multiple of" not in item.says for item in words)
+    plain = plain and not more and not any(_codes(maker))
     return plain and not _also_needed(maker, {"input_ids"})
 
 
@@ -314,12 +326,12 @@ def _spectra(maker: Maker, name: str) -> Iterator[dict[str, Any]]:
 
 
 def _texts(maker: Maker, name: str) -> Iterator[dict[str, Any]]:
-    """Shorter texts, and those of several codes a place."""
+    """Texts as long as the positions reach, and those of several codes a place."""
     batch, length = maker.request.batch, length_of(maker)
     if maker.request.seq is None:
         for config in every_part(maker.config):
             reach = getattr(config, "max_position_embeddings", None)
-            if isinstance(reach, int) and 0 < reach < length:
+            if isinstance(reach, int) and 0 < reach <= _LONGEST and reach != length:
                 yield {name: ids(maker, batch, reach)}
         if is_learned(maker):  # some tables have a row or two that no text reaches
             yield from ({name: ids(maker, batch, length - fewer)} for fewer in (1, 2) if fewer < length)

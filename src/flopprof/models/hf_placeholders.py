@@ -47,6 +47,7 @@ def mixed(maker: Maker) -> Inputs | None:
     hears = sound is not None and "input_features" in maker.taken
     if not (sees or hears) or "input_ids" not in maker.taken:
         return None
+    sees, hears = sees and _has(maker.config, "vision"), hears and _has(maker.config, "audio")
     if "decoder_input_ids" in maker.taken and not hasattr(maker.model, "get_image_features"):
         return None
     images = maker.request.images if sees else 0
@@ -65,6 +66,11 @@ def mixed(maker: Maker) -> Inputs | None:
     elif hears:
         notes.append("the text holds no sound, which the model could hear: --audio-seconds gives it some")
     return _filled(maker, runs, kwargs, picture, tuple(notes))
+
+
+def _has(config: Any, sense: str) -> bool:
+    """Some kinds are built with or without a tower, of which the config says None."""
+    return getattr(config, f"{sense}_config", True) is not None
 
 
 def _filled(
@@ -269,6 +275,8 @@ def _placeholders(maker: Maker, method: str, given: dict[str, Any], count: int) 
             f"{method} of {type(maker.model).__name__} failed: {type(error).__name__}: {first_line(error)}"
         ) from error
     numbers = sum(feature.numel() for feature in features)
+    if numbers % (width * count) and len({feature.shape[-1] for feature in features}) == 1:
+        width = features[0].shape[-1]  # what the model makes as wide as its text later
     if not numbers or numbers % (width * count):
         raise UsageError(f"{type(maker.model).__name__} gives {numbers} features: no whole number of tokens for each.")
     return numbers // (width * count)
