@@ -274,6 +274,18 @@ def test_numbers_are_taken_to_be_finite() -> None:
     assert notes == [FINITE]
 
 
+@pytest.mark.parametrize(("shape", "mask"), [((1, 2, 4), (1, 3)), ((3, 2), (2,)), ((2, 3, 4), (2, 4))])
+def test_a_mask_of_another_shape_fails_as_on_the_cpu(shape: tuple[int, ...], mask: tuple[int, ...]) -> None:
+    def select(device: str) -> torch.Tensor:
+        return torch.ones(shape, device=device)[torch.ones(mask, dtype=torch.bool, device=device)]
+
+    for device in ("cpu", "meta"):
+        with pytest.raises(IndexError, match="shape of the mask"), noting():
+            select(device)
+        with pytest.raises(IndexError, match="shape of the mask"), carried(lambda _: None):
+            select(device)
+
+
 def test_pictures_are_taken_not_to_be_blank() -> None:
     pictures = meta(3, 2, 4, 4)
     with noting() as notes:

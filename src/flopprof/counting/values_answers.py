@@ -133,6 +133,12 @@ def _select(values: Values, call: Call) -> Any:
                 raise unknown(values, call.plan)
             if fact is not None:
                 values.say(fact.guesses)
+            at = len(found)
+            if index.shape != source.shape[at : at + index.dim()]:  # which indices on meta do not show
+                raise IndexError(
+                    f"The shape of the mask {list(index.shape)} does not match the shape of the indexed tensor "
+                    f"{list(source.shape)} at dimension {at}"
+                )
             found += _places(values, index, fact)
         else:
             found.append(index)
