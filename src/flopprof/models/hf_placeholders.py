@@ -14,7 +14,7 @@ import torch
 from flopprof.counting.values import carried, needs_values
 from flopprof.errors import FlopprofError, ModelFailed, UsageError
 from flopprof.models.hf_agreed import scattered
-from flopprof.models.hf_documented import Unsaid, made, required
+from flopprof.models.hf_documented import Unsaid, documented, made, required
 from flopprof.models.hf_maker import TEXT_PARTS, Inputs, Maker, channels, ids, length_of, part, sides, token
 from flopprof.models.hf_pictures import come_in_patches, flattened, patches, sized
 from flopprof.models.hf_sound import spectrogram, spectrograms
@@ -48,7 +48,7 @@ def mixed(maker: Maker) -> Inputs | None:
     if not (sees or hears) or "input_ids" not in maker.taken:
         return None
     sees, hears = sees and _has(maker.config, "vision"), hears and _has(maker.config, "audio")
-    if "decoder_input_ids" in maker.taken and not hasattr(maker.model, "get_image_features"):
+    if "decoder_input_ids" in maker.taken and _encoder(maker, "get_image_features") is None:
         return None
     images = maker.request.images if sees else 0
     kwargs: dict[str, Any] = {}
@@ -176,6 +176,9 @@ def _layouts(maker: Maker, count: int) -> Iterator[dict[str, Any]]:
     if isinstance(patch, int):  # a row for each patch
         height, width = sides(maker)
         shape = (count, max(1, height // patch) * max(1, width // patch), channels(maker.vision) * patch * patch)
+        pages = [documented(model.forward).get("pixel_values") for model in (maker.model, maker.model.base_model)]
+        if any(said is not None and len(said.sizes) == 2 for said in pages):  # (patches, numbers)
+            yield from islice(patches(maker, count, "pixel_values"), 1)
         yield {"pixel_values": maker.floats(*shape)}
         yield from patches(maker, count, "pixel_values")
 
@@ -236,9 +239,12 @@ def _spectrograms(maker: Maker) -> Iterator[dict[str, Any]]:
 
 
 def _masked(maker: Maker, features: torch.Tensor, frames: int) -> dict[str, Any]:
+    """A spectrogram, with the masks of its frames; one that the encoder knows nothing of is of something else."""
     kwargs: dict[str, Any] = {"input_features": features}
+    encode = _encoder(maker, "get_audio_features")
+    known = maker.taken if encode is None else inspect.signature(encode).parameters
     for name in ("input_features_mask", "feature_attention_mask", "padding_mask"):
-        if name in maker.taken:
+        if name in maker.taken and name in known:
             kind = torch.int64 if name == "feature_attention_mask" else torch.bool
             kwargs[name] = maker.whole(torch.ones(maker.request.batch, frames, dtype=kind))
     return kwargs
@@ -284,7 +290,8 @@ def _placeholders(maker: Maker, method: str, given: dict[str, Any], count: int) 
 
 def _encoder(maker: Maker, method: str) -> Any:
     """The method of the model, or of the one inside it where that one says more of what it takes."""
-    owners = (maker.model, getattr(maker.model, "model", None))
+    both = "decoder_input_ids" in maker.taken
+    owners = (maker.model, getattr(maker.model, "model", None), maker.model.get_encoder() if both else None)
     found = [encode for encode in (getattr(owner, method, None) for owner in owners) if encode is not None]
     return max(found, key=lambda encode: len(required(encode)), default=None)
 
