@@ -1,4 +1,4 @@
-"""As many places in a text as there are features to put there: asked of the forward that puts them.
+"""Inputs that go with a picture: others of its size, masks of it, as many places in a text as it has features.
 
 On meta nobody notices where a mask marks more or fewer places than rows are given for them.
 """
@@ -13,11 +13,38 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
+from flopprof.models.hf_documented import documented, made
 from flopprof.models.hf_maker import Inputs, Maker, every_part, token
 from flopprof.models.hf_trial import failing
 
+_NOT_OF_PICTURES = re.compile(r"^(attention|head|cross_attn_head|decoder_head|decoder_attention)_mask$")
 _MARK = re.compile(r"(image|video|audio)_token_(id|index)$")
 _MASKS = (torch.bool, torch.uint8)
+
+
+def alike(maker: Maker, found: Inputs, layout: Mapping[str, Any]) -> dict[str, Any]:
+    """The other pictures of the same size."""
+    shown = layout.get("pixel_values")
+    if shown is None or shown.dim() < 4:
+        return {}
+    pages, other = documented(maker.model.forward), replace(maker, side=tuple(shown.shape[-2:]))
+    others = [name for name in found.kwargs if name not in layout and name in pages and pages[name].is_picture]
+    return {name: made(other, name, maker.model.forward, []) for name in others}
+
+
+def unsaid_masks(maker: Maker, found: Inputs) -> Iterator[Inputs]:
+    """The same with a mask of which the documentation tells no shape: of places, of pictures, of both."""
+    shown, words = found.kwargs.get("pixel_values"), found.kwargs.get("input_ids")
+    if shown is None or words is None:
+        return
+    batch, length = words.shape[:2]
+    images = shown.shape[1] if shown.dim() > 4 else 1
+    pages = documented(maker.model.forward)
+    for name in maker.taken:
+        if "mask" in name and name not in pages and name not in found.kwargs and not _NOT_OF_PICTURES.search(name):
+            for shape in ((batch, length), (batch, length, images), (batch, images)):
+                mask = maker.whole(torch.ones(shape, dtype=torch.bool))
+                yield replace(found, kwargs={**found.kwargs, name: mask})
 
 
 class _Watch(TorchFunctionMode):

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from flopprof.errors import FlopprofError, UsageError
-from flopprof.models.hf_agreed import agreed
+from flopprof.models.hf_agreed import agreed, alike, unsaid_masks
 from flopprof.models.hf_documented import Unsaid, documented, made, required
 from flopprof.models.hf_maker import Inputs, Maker, every_part, ids, is_learned, length_of, token
 from flopprof.models.hf_pictures import GRIDS, clip, come_in_patches, patches, picture, pictures, pixels, sized
@@ -197,7 +197,7 @@ def _varied(maker: Maker, found: Inputs) -> Iterator[Inputs]:
         else:
             continue
         for layout in islice(layouts, _MOST_TRIED):
-            yield _retold(found, layout, _fitted(maker, {**found.kwargs, **layout, **_alike(maker, found, layout)}))
+            yield _retold(found, layout, _fitted(maker, {**found.kwargs, **layout, **alike(maker, found, layout)}))
     if "input_features" in found.kwargs:
         for rows, frames, note in stacks(maker):
             kwargs = _fitted(maker, {**found.kwargs, "input_features": rows, "frames": frames})
@@ -217,6 +217,7 @@ def _varied(maker: Maker, found: Inputs) -> Iterator[Inputs]:
             else:
                 for more in chain([extra], _rows(maker, name)):
                     yield replace(found, kwargs={**found.kwargs, **more}, assumptions=tuple(notes))
+    yield from unsaid_masks(maker, found)
 
 
 def _rows(maker: Maker, name: str) -> Iterator[dict[str, Any]]:
@@ -232,16 +233,6 @@ def _retold(found: Inputs, layout: Mapping[str, Any], kwargs: dict[str, Any]) ->
     tokens = None if found.tokens is None or words is None else words.shape[0] * words.shape[1]
     notes = tuple(note for note in found.assumptions if not any(f" of {name} is taken " in note for name in layout))
     return replace(found, kwargs=kwargs, tokens=tokens, assumptions=notes)
-
-
-def _alike(maker: Maker, found: Inputs, layout: Mapping[str, Any]) -> dict[str, Any]:
-    """The other pictures of the same size."""
-    shown = layout.get("pixel_values")
-    if shown is None or shown.dim() < 4:
-        return {}
-    pages, other = documented(maker.model.forward), replace(maker, side=tuple(shown.shape[-2:]))
-    others = [name for name in found.kwargs if name not in layout and name in pages and pages[name].is_picture]
-    return {name: made(other, name, maker.model.forward, []) for name in others}
 
 
 # --- text ---------------------------------------------------------------------------------------
