@@ -143,7 +143,7 @@ def test_a_mesh() -> None:
     assert "FLOPs, as unsharded" in said
     assert "14.3% of a step in the bubble" in said  # (2 - 1) / (6 + 2 - 1)
     document = json.loads(run("llama-3.2-1b", "--mesh", "tp=4", "--seq", "128", "--json", "-").stdout)
-    assert (document["schema"], document["tp"], len(document["stages"])) == ("flopprof.mesh/1", 4, 1)
+    assert (document["schema"], document["tp"], len(document["stages"])) == ("flopprof.mesh/2", 4, 1)
 
 
 @pytest.mark.parametrize(
@@ -151,7 +151,9 @@ def test_a_mesh() -> None:
     [
         (["--mesh", "tp=2"], "--mesh needs a MODEL"),
         (["gpt2", "--mesh", "tp=2"], "has no tensor parallel plan"),
-        (["gpt2", "--mesh", "cp=2"], "cannot read 'cp=2' of the mesh"),
+        (["gpt2", "--mesh", "fsdp=2"], "cannot read 'fsdp=2' of the mesh"),
+        (["gpt2", "--mesh", "pp=2", "--tp", "2"], "--tp and --pp are for plans without --mesh"),
+        (["resnet18", "--mesh", "cp=2"], "no decoder or encoder of a known shape"),
     ],
 )
 def test_meshes_that_cannot_be(arguments: list[str], said: str) -> None:

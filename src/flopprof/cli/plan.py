@@ -162,8 +162,8 @@ def plan(
     mesh: Annotated[
         str | None,
         typer.Option(
-            help="Simulate a training step of MODEL (any that `flopprof count` takes by name) on a mesh of devices: "
-            "tp=8,pp=4,dp=16. FLOPs, memory and bytes sent of each rank.",
+            help="Simulate a training step of MODEL (any that `flopprof count` takes) on a mesh of devices: "
+            "tp=8,sp,pp=4,dp=16 (also cp=, ep=, etp=). FLOPs, memory and bytes sent of each rank.",
             metavar="AXES",
             rich_help_panel=_MEMORY,
         ),
@@ -197,11 +197,9 @@ def plan(
 ) -> None:
     """Plan training or serving: from some of model, tokens, FLOPs, devices, days, money and MFU, the rest."""
     ctx.meta["flopprof.traceback"] = traceback
-    if html is not None and (published or mesh is not None):
-        raise UsageError(f"--html draws one plan, without {'--published' if published else '--mesh'}.")
     require_outputs(json=json, html=html)
     if published:
-        _published(json)
+        _published(json, html)
         return
     from flopprof.plan.make import plan as make
     from flopprof.plan.memory import Layout
@@ -220,7 +218,7 @@ def plan(
         dropout=dropout,
     )
     if mesh is not None:
-        _mesh(model, mesh, seq, layout, micro_batches, json)
+        _mesh(model, mesh, seq, layout, micro_batches, json, html)
         return
     found = make(
         model,
@@ -260,40 +258,59 @@ def plan(
 
 
 def _mesh(
-    model: str | None, text: str, seq: int | None, layout: Layout, micro_batches: int | None, json: str | None
+    model: str | None,
+    text: str,
+    seq: int | None,
+    layout: Layout,
+    micro_batches: int | None,
+    json: str | None,
+    html: str | None,
 ) -> None:
     """Counts the model on meta, sharded; the only part of a plan that imports torch."""
-    from flopprof.plan.sizes import of_name
+    from dataclasses import replace
+
+    from flopprof.plan.mesh_axes import parse_mesh
 
     if model is None:
         raise UsageError("--mesh needs a MODEL by name: its own shards are counted.")
+    if layout.tp > 1 or layout.pp > 1:
+        raise UsageError("--tp and --pp are for plans without --mesh: write them into it, as in --mesh tp=8,pp=4.")
+    axes = parse_mesh(text)
+    axes = replace(axes, sp=axes.sp or layout.sequence_parallel)
     with progress(f"Simulating {model}"):
         from flopprof.models import load
-        from flopprof.plan.mesh import parse_mesh, simulate
+        from flopprof.plan.mesh import simulate
+        from flopprof.plan.sizes import shape_of_config
 
-        axes = parse_mesh(text)
         workload = load(model, batch=layout.micro_batch, seq=seq)
-        try:
-            shape = of_name(model, workload.tokens // layout.micro_batch if workload.tokens else None).shape
-        except UsageError:  # no text model of the catalogue: its activations are not known
-            shape = None
-        found = simulate(workload, **axes, micro_batches=micro_batches, layout=layout, shape=shape)
+        shape = None
+        if workload.tokens:
+            shape = shape_of_config(getattr(workload.model, "config", None), workload.tokens // layout.micro_batch)
+        found = simulate(workload, axes, micro_batches=micro_batches, layout=layout, shape=shape)
     if json is not None:
         write_text(json, found.to_json())
-    if json != "-":
+    if html is not None:
+        from flopprof.report.html.mesh import render as page
+
+        write_text(html, page(found))
+    if STDOUT not in (json, html):
         from flopprof.report.mesh import render
 
         console().print(render(found), crop=False)
 
 
-def _published(json: str | None) -> None:
+def _published(json: str | None, html: str | None) -> None:
     from flopprof.plan.published import runs
 
     if json is not None:
         import msgspec
 
         write_text(json, msgspec.json.format(msgspec.json.encode({"runs": runs()}), indent=1).decode())
-    if json != "-":
+    if html is not None:
+        from flopprof.report.html.plan import render_runs as page
+
+        write_text(html, page(runs()))
+    if STDOUT not in (json, html):
         from flopprof.report.plan import render_runs
 
         console().print(render_runs(runs()), crop=False)

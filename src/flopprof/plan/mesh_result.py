@@ -4,29 +4,44 @@ from __future__ import annotations
 
 import msgspec
 
-SCHEMA = "flopprof.mesh/1"
+SCHEMA = "flopprof.mesh/2"
 
 
 class Traffic(msgspec.Struct, frozen=True, kw_only=True):
-    """Bytes that one rank sends in a step: around rings of tensor and data parallel ranks, and to the next stages.
+    """Bytes that one rank sends in a step: around rings of ranks of each kind, and to the next stages.
 
-    An all-reduce of b bytes over n ranks sends 2 b (n - 1) / n, an all-gather or a reduce-scatter half of that.
+    An all-reduce of b bytes over n ranks sends 2 b (n - 1) / n, an all-gather or a reduce-scatter half of that, as does
+    an all-to-all.
+
+    tensor           of split products that multiply one input, its gradient is reduced once (Megatron); with sequence
+                     parallelism the same bytes are reduce-scattered and gathered
+    tensor_each      the same with one reduction for each such product, as torch's own tensor parallelism does
+    gathered_again   with sequence parallelism: inputs of which a rank keeps only its slice, gathered a second time for
+                     the weights' gradients (Korthikanti 2022, section 4.2.2); not in `tensor`
+    expert           tokens sent to their experts' ranks and back, in forward and in backward
+    context          keys and values gathered in forward, again in backward, and their gradients scattered
     """
 
     tensor: int = 0
+    tensor_each: int = 0
+    gathered_again: int = 0
+    expert: int = 0
+    context: int = 0
     pipeline: int = 0
     data: int = 0
 
     @property
     def total(self) -> int:
-        """All three."""
-        return self.tensor + self.pipeline + self.data
+        """All of them."""
+        tensor = self.tensor + self.gathered_again
+        return tensor + self.expert + self.context + self.pipeline + self.data
 
 
 class Stage(msgspec.Struct, frozen=True, kw_only=True):
-    """One rank of one pipeline stage: all its tensor and data parallel sisters are alike.
+    """One rank of one pipeline stage: all ranks of a stage are alike.
 
-    flops: of a step, all micro-batches, forward and backward and what is executed again. first, last: its blocks
+    flops: of a step, all micro-batches, forward and backward and what is executed again. first, last: its blocks.
+    expert_params: of `params`, those of experts
     """
 
     first: int
@@ -38,6 +53,7 @@ class Stage(msgspec.Struct, frozen=True, kw_only=True):
     states_bytes: int
     activations_bytes: int | None
     traffic: Traffic
+    expert_params: int = 0
 
     @property
     def flops(self) -> int:
@@ -50,11 +66,21 @@ class Stage(msgspec.Struct, frozen=True, kw_only=True):
         return self.states_bytes + (self.activations_bytes or 0)
 
 
-class Mesh(msgspec.Struct, frozen=True, kw_only=True):
-    """A step of training on tp x pp x dp ranks: micro_batches of micro_batch sequences on each replica.
+class Alike(msgspec.Struct, frozen=True, kw_only=True):
+    """Modules whose products every tensor parallel rank does alike, and the FLOPs of a step that are done over again.
 
-    whole_flops: the same step unsharded, counted on the model as it is. ranks_flops: the sum over all ranks; it is more
-    where work is done on several ranks alike.
+    module: `*` stands for the number of a block
+    """
+
+    module: str
+    flops: int
+
+
+class Mesh(msgspec.Struct, frozen=True, kw_only=True):
+    """A step of training on tp x cp x dp x pp ranks: micro_batches of micro_batch sequences on each replica.
+
+    whole_flops: the same step unsharded, counted on the model as it is. ranks_flops: the sum over all ranks; it is
+    whole_flops + replicated_flops, always. assumptions: of the count, and of the mesh
     """
 
     model: str
@@ -67,18 +93,28 @@ class Mesh(msgspec.Struct, frozen=True, kw_only=True):
     micro_batches: int
     stages: tuple[Stage, ...]
     whole_flops: int
-    replicated: tuple[str, ...] = ()
+    cp: int = 1
+    ep: int = 1
+    etp: int = 1
+    sp: bool = False
+    replicated: tuple[Alike, ...] = ()
+    assumptions: tuple[str, ...] = ()
     schema: str = SCHEMA
 
     @property
     def ranks(self) -> int:
-        """tp x pp x dp."""
-        return self.tp * self.pp * self.dp
+        """tp x cp x dp x pp."""
+        return self.tp * self.cp * self.dp * self.pp
 
     @property
     def ranks_flops(self) -> int:
         """FLOPs of a step, summed over all ranks."""
-        return self.tp * self.dp * sum(stage.flops for stage in self.stages)
+        return self.tp * self.cp * self.dp * sum(stage.flops for stage in self.stages)
+
+    @property
+    def replicated_flops(self) -> int:
+        """What the ranks do over again, in a step."""
+        return sum(row.flops for row in self.replicated)
 
     @property
     def bubble(self) -> float:
@@ -92,5 +128,5 @@ class Mesh(msgspec.Struct, frozen=True, kw_only=True):
         return sum(flops) / len(flops) / max(flops) if max(flops) else 1.0
 
     def to_json(self) -> str:
-        """The mesh as JSON, schema `flopprof.mesh/1`."""
+        """The mesh as JSON, schema `flopprof.mesh/2`."""
         return msgspec.json.format(msgspec.json.encode(self), indent=1).decode()

@@ -1,7 +1,7 @@
-"""One rank's shards of a model, by its own tensor parallel plan, and what they send. Imports torch.
+"""One rank's shards of a model, by its own tensor and expert parallel plans. Imports torch.
 
-Styles are those of transformers' `tp_plan`, cut and sent as torch's tensor parallelism does. A style that is not known
-here is refused: its ranks would do another work than what is counted.
+Styles are those of transformers' `tp_plan` and `ep_plan`, cut as its own tensor parallelism cuts them. A style that is
+not known here is refused: its ranks would do another work than what is counted.
 """
 
 from __future__ import annotations
@@ -15,20 +15,33 @@ import torch
 from torch import nn
 
 from flopprof.errors import UsageError
-from flopprof.profile import OperatorRow, Profile
+from flopprof.plan.mesh_axes import Axes
 
-# style -> the dimension of a Linear's or an Embedding's weight that is split; None: nothing is
+# style -> the dimension of a Linear's weight that is split; None: nothing is
 _MODULES: dict[str, int | None] = {
     "colwise": 0,
+    "packed_colwise": 0,
     "colwise_gather_output": 0,
+    "colwise_rep": 0,
     "rowwise": 1,
     "rowwise_split_input": 1,
+    "rowwise_rep": 1,
     "embedding_rowwise": None,  # looked up whole here, so that no index leaves the table
+    "embedding_colwise": None,
     "replicated_with_grad_allreduce": None,
+    "mla_kv_a_proj": None,
     "moe_tp_experts": None,
+    "moe_identity_expert": None,
+    "all_reduce": None,
+    "local_params": None,
+    "replicate": None,
 }
+_SAME = {"packed_colwise": "colwise", "colwise_rep": "colwise_gather_output", "rowwise_rep": "rowwise_split_input"}
 # style -> the dimension, from the end, of a parameter that holds the matrices of all experts, (expert, out, in)
-_STACKED = {"packed_colwise": -2, "rowwise": -1}
+_STACKED = {"packed_colwise": -2, "colwise": -2, "rowwise": -1, "packed_rowwise": -1}
+EMBEDDINGS = {"embedding_rowwise": 0, "embedding_colwise": 1}
+_EXPERTS, _LATENT = "moe_tp_experts", "mla_kv_a_proj"
+_EXPERT_PARAMETER, _DISPATCH = "grouped_gemm", "ep_dispatch_experts"
 
 
 @dataclass(frozen=True)
@@ -39,33 +52,78 @@ class Sharded:
     style: str
 
 
-def shard(model: nn.Module, tp: int) -> list[Sharded]:
+def shard(model: nn.Module, axes: Axes) -> list[Sharded]:
     """Cuts the weights of the model's plan to those of one rank, in place. Raises UsageError."""
-    name = type(model).__name__
+    name, tp = type(model).__name__, axes.tp
+    if tp == 1:
+        return []
     plan: Mapping[str, str] = getattr(model, "tp_plan", None) or {}
     if not plan:
         raise UsageError(f"{name} has no tensor parallel plan (tp_plan): give a mesh with tp=1.")
     found = []
     for fqn, module in model.named_modules():
-        style = next((style for pattern, style in plan.items() if _matches(pattern, fqn)), None)
+        style = _style(plan, fqn)
         if style is None:
             continue
         if style not in _MODULES or (_MODULES[style] is not None and not isinstance(module, nn.Linear)):
             raise UsageError(f"{name} has {style!r} for {fqn} in its tp_plan, which is not simulated: give tp=1.")
-        found.append(Sharded(fqn, style))
-    experts = {each.fqn for each in found if each.style == "moe_tp_experts"}
+        if style == _LATENT and not rope_width(model):
+            raise UsageError(f"{name} has {style!r} for {fqn}, but no qk_rope_head_dim in its config: give tp=1.")
+        found.append(Sharded(fqn, _SAME.get(style, style)))
     _require_heads(model, found, tp)
     for each in found:
         _cut(model, each, tp)
+    owners = {each.fqn: each.style for each in found}
     for fqn, parameter in list(model.named_parameters()):
-        style = next((style for pattern, style in plan.items() if _matches(pattern, fqn)), None)
+        style = _style(plan, fqn)
         owner, _, attribute = fqn.rpartition(".")
         if style is None:
             continue
-        if style not in _STACKED or owner not in experts or parameter.dim() != 3:
+        split = _of_parameter(style, owners.get(owner), parameter)
+        if split is None:
             raise UsageError(f"{name} has {style!r} for {fqn} in its tp_plan, which is not simulated: give tp=1.")
-        setattr(model.get_submodule(owner), attribute, _slice(parameter, _STACKED[style], tp, fqn))
+        if owners[owner] != _EXPERTS or axes.expert_tp > 1:
+            setattr(model.get_submodule(owner), attribute, _slice(parameter, split, tp, fqn))
     return found
+
+
+def experts(model: nn.Module, axes: Axes, sharded: Iterable[Sharded]) -> dict[str, list[str]]:
+    """Modules that hold the matrices of many experts, and their names. Raises UsageError where ep has no plan."""
+    name = type(model).__name__
+    plan: Mapping[str, str] = getattr(model, "ep_plan", None) or {}
+    named = [fqn for fqn, _ in model.named_modules() if _style(plan, fqn) == _DISPATCH]
+    if axes.ep > 1 and not named:
+        raise UsageError(f"{name} has no experts with an expert parallel plan (ep_plan): give a mesh with ep=1.")
+    found: dict[str, list[str]] = {}
+    for fqn in dict.fromkeys([*named, *(each.fqn for each in sharded if each.style == _EXPERTS)]):
+        found[fqn] = []
+        for parameter, tensor in model.get_submodule(fqn).named_parameters(prefix=fqn):
+            if axes.ep == 1 or _style(plan, parameter) == _EXPERT_PARAMETER:
+                found[fqn].append(parameter)
+                if tensor.shape[0] % axes.ep:
+                    raise UsageError(f"{fqn} has {tensor.shape[0]} experts, which ep={axes.ep} does not divide.")
+    return found
+
+
+def rope_width(model: nn.Module) -> int:
+    """Features of latent attention's keys that every head shares; 0 where there are none."""
+    return int(getattr(_text_config(model), "qk_rope_head_dim", 0) or 0)
+
+
+def _text_config(model: nn.Module) -> Any:  # a transformers configuration, or None
+    config: Any = getattr(model, "config", None)
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def _of_parameter(style: str, owner: str | None, parameter: torch.Tensor) -> int | None:
+    """The dimension that a parameter without a module of its own is split at; None: not known."""
+    if owner == _EXPERTS and parameter.dim() == 3:
+        return _STACKED.get(style)
+    if owner == _EXPERTS and parameter.dim() == 2:  # a bias for each expert: split as the outputs are
+        return -1 if style in ("packed_colwise", "colwise") else None
+    if owner == "local_params" and parameter.dim() == 1 and style == "colwise":
+        return 0
+    return None
 
 
 def _cut(model: nn.Module, each: Sharded, tp: int) -> None:
@@ -92,72 +150,21 @@ def _slice(parameter: torch.Tensor, dimension: int, tp: int, fqn: str) -> nn.Par
     return nn.Parameter(parameter.new_empty(sizes), requires_grad=parameter.requires_grad)
 
 
-def _matches(pattern: str, fqn: str) -> bool:
+def _style(plan: Mapping[str, str], fqn: str) -> str | None:
     """`layers.*.mlp.up_proj` matches that module wherever the list lies."""
-    regex = r"\d+".join(re.escape(part) for part in pattern.split("*"))
-    return re.fullmatch(rf"(?:.*\.)?{regex}", fqn) is not None
+    for pattern, style in plan.items():
+        regex = r"\d+".join(re.escape(part) for part in pattern.split("*"))
+        if re.fullmatch(rf"(?:.*\.)?{regex}", fqn):
+            return style
+    return None
 
 
 def _require_heads(model: nn.Module, found: Iterable[Sharded], tp: int) -> None:
     """Heads are split whole: a rank with a part of one would do what no rank does."""
     if not any(each.style == "colwise" and "att" in each.fqn for each in found):
         return
-    config: Any = getattr(model, "config", None)
+    config = _text_config(model)
     for name in ("num_attention_heads", "num_key_value_heads"):
         heads = getattr(config, name, None)
         if isinstance(heads, int) and heads % tp:
             raise UsageError(f"{type(model).__name__} has {heads} heads ({name}), which tp={tp} does not divide.")
-
-
-def sent(
-    profile: Profile, sharded: Iterable[Sharded], local: Mapping[str, int], element: Mapping[str, int], tp: int
-) -> list[tuple[str, int]]:
-    """(module, bytes that a rank sends of it in forward and backward): one collective for each split product.
-
-    Forward: the sum of a row-wise product, and of experts, is reduced; gathered outputs are gathered. Backward: the
-    gradient of a column-wise product's input is reduced, that of an input which was split is gathered.
-    """
-    rows: dict[str, list[OperatorRow]] = {}
-    for row in profile.operators:
-        if row.phase == "forward":
-            rows.setdefault(row.fqn, []).append(row)
-    modules = {row.fqn: row for row in profile.modules}
-    found = []
-    for each in sharded:
-        reduced = gathered = 0
-        own = {name: size for name, size in local.items() if name.startswith(f"{each.fqn}.")}
-        width = max((element[name] for name in own), default=0)
-        output = _numel(modules[each.fqn].output_shape) * modules[each.fqn].calls * width if each.fqn in modules else 0
-        if each.style == "replicated_with_grad_allreduce":
-            reduced += sum(size * element[name] for name, size in own.items())
-        elif each.style == "embedding_rowwise":
-            reduced += output
-        elif each.style == "moe_tp_experts":  # its input is as large; routing weights, a thousandth, are left out
-            reduced += 2 * output
-        else:
-            for row in rows.get(each.fqn, ()):
-                more = _of_product(row, each.style, tp)
-                reduced, gathered = reduced + more[0], gathered + more[1]
-        found.append((each.fqn, (2 * reduced + gathered) * (tp - 1) // tp))
-    return found
-
-
-def _of_product(row: OperatorRow, style: str, tp: int) -> tuple[int, int]:
-    """Bytes that are reduced, and bytes that are gathered, of a Linear's product."""
-    entry = next(operand for operand in row.operands if operand.factor and operand.kind != "parameter")
-    size = torch.empty((), dtype=getattr(torch, row.dtype), device="meta").element_size()
-    result, given = _numel(row.outputs[0]) * row.calls * size, _numel(entry.shape) * row.calls * size
-    back = given if entry.requires_grad else 0
-    return {
-        "colwise": (back, 0),
-        "colwise_gather_output": (back, result * tp),
-        "rowwise": (result, 0),
-        "rowwise_split_input": (result, back * tp),
-    }[style]
-
-
-def _numel(shape: Iterable[int] | None) -> int:
-    count = 1
-    for size in shape or (0,):
-        count *= size
-    return count

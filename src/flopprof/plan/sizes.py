@@ -70,6 +70,16 @@ def of_shape(shape: TransformerShape | Mapping[str, Any], seq: int | None, param
     )
 
 
+def shape_of_config(config: object, seq: int) -> TransformerShape | None:
+    """The shape that a text model's own config describes; None where it is no such model's, or does not say all."""
+    if config is None or getattr(config, "text_config", None) is not None:
+        return None
+    try:
+        return TransformerShape.from_config(config, seq=seq)
+    except ValueError:
+        return None
+
+
 def of_name(name: str, seq: int | None) -> Sizes:
     """A model of the catalogue. Raises UsageError for names it does not have, and for models that read no text."""
     from flopprof.models import catalogue

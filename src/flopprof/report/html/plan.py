@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from flopprof.plan.result import Plan
-from flopprof.report.html.elements import facts, figure
-from flopprof.report.html.page import Section, page
+from flopprof.plan.result import Plan, Run
+from flopprof.report.html.elements import Head, exact, facts, figure, table
+from flopprof.report.html.page import Section, page, plot_text
 from flopprof.report.plan import notes, sections
 
 _COLOURS = ("#3b82c4", "#d9772b", "#3f9d6c", "#b5588f", "#c9a227")
@@ -21,6 +21,54 @@ def render(plan: Plan) -> str:
     if told:
         parts.append(Section(anchor="notes", title="Assumptions", body=facts(told)))
     return page(f"Plan for {plan.model}" if plan.model else "Plan", given, parts)
+
+
+def render_runs(runs: Sequence[Run]) -> str:
+    """The page of published runs and what their figures imply. Raises MissingPackage without plotly."""
+    bar = {
+        "type": "bar",
+        "orientation": "h",
+        "y": [plot_text(run.name) for run in runs],
+        "x": [run.utilisation for run in runs],
+        "text": [f"{run.flops_per_s:.4g} FLOP/s a device, {plot_text(run.device)} {run.dtype}" for run in runs],
+        "textposition": "none",
+        "hovertemplate": "%{y}: %{x:.1%}<br>%{text}<extra></extra>",
+        "marker": {"color": _COLOURS[0]},
+    }
+    layout = {
+        "xaxis": {"title": {"text": "share of the dense peak"}, "tickformat": ".0%", "automargin": True},
+        "yaxis": {"autorange": "reversed", "automargin": True, "type": "category"},
+    }
+    heads = [
+        *(Head("Run"), Head("N"), Head("Tokens"), Head("6 N D", "FLOPs"), Head("Device", number=False)),
+        *(Head("Device-hours"), Head("Reached", "FLOP/s"), Head("Share", "of peak"), Head("Source", number=False)),
+        Head("As of", number=False),
+    ]
+    rows = [
+        [
+            run.name,
+            exact(run.params),
+            exact(run.tokens),
+            exact(run.flops),
+            f"{run.device}, {run.dtype}",
+            "" if run.device_hours is None else f"{run.device_hours:,.0f}",
+            f"{run.flops_per_s:.4g}",
+            f"{run.utilisation:.1%}",
+            run.source,
+            run.date.isoformat(),
+        ]
+        for run in runs
+    ]
+    body = figure("runs", label="Share of the dense peak by run, as in the table", height=80 + 28 * len(runs))
+    body += table(heads, rows, caption="Published runs: 6 N D over device-hours and dense peak")
+    section = Section(
+        anchor="published",
+        title="Reached",
+        body=body,
+        figures={"runs": {"data": [bar], "layout": layout}},
+    )
+    lead = "6 N D over device-hours and dense peak: shares of whole runs, restarts and evaluation included"
+    return page("Published runs", lead, [section])
 
 
 def _section(number: int, title: str, lines: list[tuple[str, str]], plan: Plan) -> Section:
