@@ -2,9 +2,10 @@
 
     python benchmarks/meter_overhead.py [--rounds 60] [--seed 0] [--compile inductor]
 
-Variants run interleaved in one process, in random order each round; ratios of medians over rounds are printed, because
-absolute times depend on the machine. Goal: metered at most 1.005x of bare for steps of 5 ms and more, 1.02x for 0.5 ms,
-1.01x for a compiled model, which is not compiled again.
+Variants run interleaved in one process, in random order each round. Each round gives a ratio of medians to the bare
+steps of the same round; the median of these ratios is printed, and the middle half of them. Goal: metered
+at most 1.005x of bare for steps of 5 ms and more, 1.02x for 0.5 ms, 1.01x for a compiled model, which is not compiled
+again.
 """
 
 from __future__ import annotations
@@ -118,10 +119,14 @@ def with_lightning(step: Step, model: torch.nn.Module, batch: torch.Tensor) -> V
     return variant
 
 
-def measure(variants: dict[str, Variant], rounds: int, steps: int, rare: set[str]) -> dict[str, float]:
-    """Median over rounds of the seconds per step; `rare` variants run in every fourth round."""
-    times: dict[str, list[float]] = {name: [] for name in variants}
+Times = dict[str, list[tuple[float, float]]]
+
+
+def measure(variants: dict[str, Variant], rounds: int, steps: int, rare: set[str]) -> Times:
+    """Per variant and round, median seconds of a step, and of a bare one; `rare` variants run in every fourth round."""
+    times: Times = {name: [] for name in variants}
     for i in range(rounds):
+        medians: dict[str, float] = {}
         names = [name for name in variants if name not in rare or i % 4 == 0]
         for name in random.sample(names, len(names)):
             with variants[name]() as step:
@@ -132,15 +137,21 @@ def measure(variants: dict[str, Variant], rounds: int, steps: int, rare: set[str
                     start = time.perf_counter()
                     step()
                     each.append(time.perf_counter() - start)
-            times[name].append(statistics.median(each))
-    return {name: statistics.median(values) for name, values in times.items()}
+            medians[name] = statistics.median(each)
+        for name, seconds in medians.items():
+            times[name].append((seconds, medians["bare"]))
+    return times
 
 
-def report(name: str, medians: dict[str, float]) -> None:
+def report(name: str, times: Times) -> None:
     """One table."""
     print(name)
-    for variant, seconds in medians.items():
-        print(f"  {variant:<28}{1e3 * seconds:9.3f} ms {seconds / medians['bare']:9.4f}x bare")
+    for variant, pairs in times.items():
+        milliseconds = 1e3 * statistics.median(seconds for seconds, _ in pairs)
+        ratios = [seconds / bare for seconds, bare in pairs]
+        low, ratio, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
+        middle = "" if variant == "bare" else f"  ({low:.3f} to {high:.3f})"
+        print(f"  {variant:<28}{milliseconds:9.3f} ms {ratio:9.4f}x bare{middle}")
 
 
 def perceptron() -> torch.nn.Module:
