@@ -140,6 +140,34 @@ def test_what_an_unknown_write_reached_is_not_known_any_more(write: str, mode: C
                 other.sum().item()
 
 
+def partly(x: torch.Tensor) -> torch.Tensor:
+    """(2, 11), of which columns 4 to 6 are known."""
+    return torch.cat([x, torch.arange(6.0, device=x.device).reshape(2, 3), x], dim=-1)
+
+
+def test_what_is_joined_to_unknown_numbers_stays_known() -> None:
+    expected = partly(torch.randn(2, 4))
+    with noting():
+        joined = partly(meta(2, 4))
+        assert joined[:, 4:7].tolist() == expected[:, 4:7].tolist()
+        assert joined.split([4, 3, 4], -1)[1].bool().sum().item() == 5
+        assert joined.t()[5, 1].item() == 4.0
+
+
+@pytest.mark.parametrize(
+    "view",
+    [lambda x: x, lambda x: x[:, 3:5], lambda x: x[1, 7], lambda x: x.view(torch.int16)[0, 10], lambda x: x.add_(1)],
+    ids=["all", "edge", "behind", "other type", "written"],
+)
+def test_of_the_rest_nothing_is_known(view: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    with pytest.raises(ValuesUnknown), noting():
+        view(partly(meta(2, 4))).sum().item()
+    with pytest.raises(ValuesUnknown), noting():
+        joined = partly(meta(2, 4))
+        joined += meta(2, 1)
+        joined[:, 4].sum().item()
+
+
 def test_too_large_tensors_carry_nothing() -> None:
     with pytest.raises(ValuesUnknown), noting():
         with pytest.raises(ValuesUnknown):

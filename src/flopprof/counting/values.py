@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from flopprof.counting import guesses
 from flopprof.counting.operators import base_name
-from flopprof.counting.values_answers import Call, answer, forge, gathered, higher, read
+from flopprof.counting.values_answers import Call, answer, forge, gathered, higher, joined, read
 from flopprof.counting.values_inputs import holds_numbers, moved, needs_values, on_meta, remember, remembered
 from flopprof.counting.values_lists import Lists
 from flopprof.counting.values_plans import Plan, labelled, leaves_meta, on_cpu, tensors_in
@@ -227,6 +227,8 @@ class Values(TorchDispatchMode):
                 self.forget(plan, args, kwargs)
             elif plan.guessed and not self._in_backward():
                 self._guess(plan, args, out)
+            elif facts and plan.base == "aten::cat":
+                joined(self, args, out)
             return out
         call = self._call(plan, func, args, kwargs, facts if known and not plan.random else None)
         if leaves_meta(plan, args, kwargs):

@@ -21,6 +21,7 @@ _SELECTIONS = frozenset({_aten.index.Tensor, _aten.masked_select.default})
 _OF_DEVICES = frozenset({"aten::_nested_tensor_from_mask_left_aligned"})
 _MASKS = (torch.bool, torch.uint8)
 _MOST_REPEATS = 1 << 25
+_MOST_IN_PARTS = 1 << 20  # elements of what is known in parts
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +87,27 @@ def forge(values: Values, call: Call) -> Any:
 
     with aside():
         return tree_map(put, call.func(*args, **kwargs))
+
+
+def joined(values: Values, args: Any, out: Any) -> None:
+    """Of tensors joined end to end, not all of them known, the parts that are stay known."""
+    dim = args[1] if len(args) > 1 else 0
+    if out.numel() > _MOST_IN_PARTS or not out.is_contiguous() or not fits(out, floats=values.floats()):
+        return
+    said: set[str] = set()
+    parts, start = [], 0
+    with aside():
+        for tensor in args[0]:
+            if tensor.dim() != out.dim():  # nothing at all, whatever its shape
+                continue
+            fact = values.fact(tensor) if tensor.numel() else None
+            value = values.store.shadow(tensor, fact) if fact is not None and not fact.labels else None
+            if fact is not None and value is not None:
+                parts.append((start, value))
+                said |= fact.guesses
+            start += tensor.shape[dim]
+        if parts and values.store.get(out) is None:
+            values.store.bind_parts(out, dim, parts, frozenset(said))
 
 
 def gathered(values: Values, plan: Plan, args: Any, kwargs: Any, error: RuntimeError) -> Any:

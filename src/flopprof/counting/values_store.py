@@ -28,9 +28,10 @@ class Fact:
     guesses  the sentences that its values rest on
     labels   its values are labels (token ids) of which only their being different is known
     written  something was written to it since it was allocated
+    part     which elements are known (True), where not all are
     """
 
-    __slots__ = ("guesses", "labels", "ref", "storage", "written")
+    __slots__ = ("guesses", "labels", "part", "ref", "storage", "written")
 
     def __init__(
         self, ref: StorageWeakRef, storage: torch.UntypedStorage, guesses: frozenset[str], labels: bool, written: bool
@@ -40,6 +41,7 @@ class Fact:
         self.guesses = guesses
         self.labels = labels
         self.written = written
+        self.part: torch.Tensor | None = None
 
 
 class Store:
@@ -55,11 +57,14 @@ class Store:
         return len(self._facts)
 
     def get(self, tensor: torch.Tensor) -> Fact | None:
-        """What is known of a meta tensor's storage."""
+        """What is known of a meta tensor's storage, if all that the tensor shows of it is known."""
         try:
-            return self._facts.get(tensor.untyped_storage()._cdata)
+            fact = self._facts.get(tensor.untyped_storage()._cdata)
         except (RuntimeError, NotImplementedError):  # sparse, nested: none
             return None
+        if fact is not None and fact.part is not None and not _shows(tensor, fact.part):
+            return None
+        return fact
 
     def bind(self, tensor: torch.Tensor, value: torch.Tensor | None, guesses: frozenset[str], labels: bool) -> None:
         """Let a meta tensor with new storage carry `value` (CPU, its shape); None: nothing was written to it yet."""
@@ -72,6 +77,21 @@ class Store:
             _aten.copy_.default(_view(tensor, held), value)
         self._facts[storage._cdata] = Fact(StorageWeakRef(storage), held, guesses, labels, value is not None)
         self._bytes += size
+
+    def bind_parts(
+        self, tensor: torch.Tensor, dim: int, parts: list[tuple[int, torch.Tensor]], guesses: frozenset[str]
+    ) -> None:
+        """Let a new contiguous meta tensor carry what is known of parts of it: (where along `dim`, values)."""
+        values = _aten.zeros.default(tensor.shape, dtype=tensor.dtype, device="cpu")
+        known = _aten.zeros.default(tensor.shape, dtype=torch.bool, device="cpu")
+        for start, value in parts:
+            end = start + value.shape[dim]
+            _aten.copy_.default(_aten.slice.Tensor(values, dim, start, end), value)
+            _aten.fill_.Scalar(_aten.slice.Tensor(known, dim, start, end), True)
+        self.bind(tensor, values, guesses, labels=False)
+        fact = self._facts.get(tensor.untyped_storage()._cdata)
+        if fact is not None:
+            fact.part = _aten.view.default(known, [-1])
 
     def shadow(self, tensor: torch.Tensor, fact: Fact) -> torch.Tensor | None:
         """The CPU tensor that stands for this view of a known storage; None where its bits alone do not tell."""
@@ -131,3 +151,12 @@ def _view(tensor: torch.Tensor, storage: torch.UntypedStorage) -> torch.Tensor:
     empty = _aten.empty.memory_format([0], dtype=tensor.dtype, device="cpu")
     place: tuple[Any, ...] = (storage, tensor.storage_offset(), tensor.size(), tensor.stride())
     return _aten.set_.source_Storage_storage_offset(empty, *place)  # type: ignore[no-any-return]
+
+
+def _shows(tensor: torch.Tensor, part: torch.Tensor) -> bool:
+    """Are all elements of this view among those of its storage that are known?"""
+    with aside():
+        if tensor.untyped_storage().nbytes() != part.numel() * tensor.element_size():  # seen as another type
+            return False
+        seen = _aten.as_strided.default(part, tensor.size(), tensor.stride(), tensor.storage_offset())
+        return bool(_aten.all.default(seen))
