@@ -24,12 +24,15 @@ _WIDTH = re.compile(
     r"(^|_)(hidden|intermediate|embed|embedding|ffn|model|head|inner|mlp|projection|proj|lora|state|key|value|output|"
     r"bottleneck|decoder|encoder|conv|attention|out_hidden)_(size|sizes|dim|dims|channels|rank)$"
     r"|^(d_model|d_ff|d_kv|d_inner|n_embd|n_inner|dim|hidden_sizes|embed_dims|(encoder|decoder)_ffn_dim|mrope_section|"
-    r"conv_dim|rotary_dim|kv_lora_rank|q_lora_rank|qk_(rope|nope)_head_dim|v_head_dim|moe_intermediate_size)$"
+    r"conv_dim|rotary_dim|kv_lora_rank|q_lora_rank|qk_(rope|nope)_head_dim|v_head_dim|moe_intermediate_size|"
+    r"hidden_size_per_layer_input)$"
 )
-_HEADS = re.compile(r"(^|_)(heads?|num_heads|n_heads?)$")
+_HEADS = re.compile(r"(^|_)heads$|^n_head$")
 _OF_A_HEAD = re.compile(r"(^|_)(head|key|value|rope|state|rotary|conv)_(size|dim)$|^d_kv$|rank$|section$")
 _EXPERTS = re.compile(r"(^|_)experts$")
 _CHOSEN = re.compile(r"experts_per_tok(en)?$|top_?k(_experts)?$")
+_NO_WIDTH = re.compile(r"vocab|position|token|image|length|window|seconds|_ids?$|max_|min_|chunk|num_")
+_WIDE = 256  # smaller numbers are often others
 _SMALL_PICTURE = 160
 _FEW = 2
 _DEEP = 6  # stacks of so many are left as they are: stages are counted by the same names
@@ -244,21 +247,34 @@ def narrowings(facts: dict[str, Any]) -> Iterator[dict[str, Any]]:
 def narrowed(facts: Any, by: int, *, heads: bool = False) -> Any:
     """The same with widths divided: of layers, heads and embeddings, not of pictures, patches, windows or kernels.
 
-    heads: there are fewer, each as wide as it was.
+    What is as large as a width is one, unless its name says otherwise. heads: there are fewer, each as wide as it was.
     """
+    return _narrowed(facts, by, heads, set(_widths(facts)))
+
+
+def _narrowed(facts: Any, by: int, heads: bool, widths: set[int]) -> Any:
     if isinstance(facts, list):
-        return [narrowed(item, by, heads=heads) for item in facts]
-    if not isinstance(facts, dict):
+        return [_narrowed(item, by, heads, widths) for item in facts]
+    if not isinstance(facts, dict) or "architecture" in facts:  # a model of timm's, of the width that it has there
         return facts
     made = {}
     for name, value in facts.items():
-        if heads and isinstance(name, str) and _HEADS.search(name) and type(value) is int and value > 0:
+        wide = type(value) is int and value in widths and not _NO_WIDTH.search(str(name))
+        if heads and _HEADS.search(str(name)) and type(value) is int and value > 0:
             made[name] = value // math.gcd(value, by)
-        elif isinstance(name, str) and _WIDTH.search(name) and not (heads and _OF_A_HEAD.search(name)):
+        elif (wide or _WIDTH.search(str(name))) and not (heads and _OF_A_HEAD.search(str(name))):
             made[name] = _divided(value, by)
         else:
-            made[name] = narrowed(value, by, heads=heads)
+            made[name] = _narrowed(value, by, heads, widths)
     return made
+
+
+def _widths(facts: Any) -> Iterator[int]:
+    if isinstance(facts, dict):
+        for name, value in facts.items():
+            if _WIDTH.search(str(name)) and type(value) is int and value >= _WIDE:
+                yield value
+            yield from _widths(value)
 
 
 def _fewer(facts: Any, *, pictures: bool) -> Any:

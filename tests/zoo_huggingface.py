@@ -1,9 +1,10 @@
 """Every configuration that transformers registers for five Auto classes, counted on meta with its default sizes.
 
-    python tests/zoo_huggingface.py [--auto CausalLM] [--only PATTERN] [--failures]
+    python tests/zoo_huggingface.py [--auto CausalLM] [--only PATTERN] [--failures] [--narrow]
 
 Reduced in depth, not in kind: fewer layers, all else as the class has it by default; forward and backward; nothing
-runs on real numbers. A configuration whose default does not build in transformers either is told apart.
+runs on real numbers. A configuration whose default does not build in transformers either is told apart. With --narrow,
+a version of each that is small enough for the CPU is counted on both, and the two compared.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import signal
 import sys
 import time
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -41,10 +43,13 @@ LIMIT_S = 120  # of the processor's time
 REQUEST = Request(batch=1, image_size=None, inputs=(), device="meta", dtype=None, train=False, model_args={})
 
 SHORT = replace(REQUEST, seq=24, audio_seconds=1.0)
+LONGER = (SHORT, replace(SHORT, seq=160), REQUEST)  # where so few tokens do not hold what is seen and heard
 MOST_PARAMETERS = 300_000_000
-MOST_FLOPS = 100 * 10**9
+MOST_FLOPS = 500 * 10**9
+NARROW_LIMIT_S = 60
 
 Verdict = Literal["clean", "uncounted", "failed", "unbuilt"]
+Likeness = Literal["equal", "different", "apart", "unbuilt"]
 
 
 @dataclass(frozen=True)
@@ -158,6 +163,42 @@ def _same(profile: Profile) -> dict[str, int]:
 
 
 @dataclass(frozen=True)
+class Compared:
+    """Whether a narrow one counts on meta as on the CPU; `apart` where it could not be compared, with the reason."""
+
+    what: Registered
+    verdict: Likeness
+    reason: str
+    seconds: float
+
+
+def compare(what: Registered) -> Compared:
+    """Run a narrow one on the CPU, within the limit of time, and compare it with meta."""
+    start = time.process_time()
+    verdict: Likeness = "apart"
+    try:
+        with limited(NARROW_LIMIT_S):
+            difference = disagreement(what)
+        verdict, reason = ("equal", "") if difference is None else ("different", difference)
+    except Late:
+        reason = f"more than {NARROW_LIMIT_S} s"
+    except Exception as error:  # whatever a default configuration, and a model on the CPU, raise
+        why = fault(what)
+        verdict, reason = ("apart", told(error)) if why is None else ("unbuilt", why)
+    return Compared(what, verdict, reason, time.process_time() - start)
+
+
+def comparisons(autos: list[str], only: str = "") -> Iterator[Compared]:
+    """All that is registered for these, each class once."""
+    seen: set[tuple[str, str]] = set()
+    for auto in autos:
+        for what in registered(auto):
+            if re.search(only, str(what)) and (what.kind, what.cls) not in seen:
+                seen.add((what.kind, what.cls))
+                yield compare(what)
+
+
+@dataclass(frozen=True)
 class Narrow:
     """A configuration of small widths, what its inputs were asked to be, and what it counts on meta."""
 
@@ -170,7 +211,7 @@ def _narrow(what: Registered) -> Narrow:
     problem: FlopprofError | None = None
     fewer, *others = reduced(default(what.kind))
     for facts in (*_agreeing(fewer), *(narrow for other in others for narrow in _agreeing(other))):
-        for request in (SHORT, REQUEST):
+        for request in LONGER:
             try:
                 workload = load_config(what.kind, {**facts, "architectures": [what.cls]}, request)
                 if sum(parameter.numel() for parameter in workload.model.parameters()) > MOST_PARAMETERS:
@@ -245,15 +286,28 @@ def summary(results: list[Tried]) -> list[str]:
     return lines
 
 
+def _print_comparisons(compared: Iterator[Compared], *, failures: bool) -> None:
+    found: Counter[Likeness] = Counter()
+    for one in compared:
+        found[one.verdict] += 1
+        if one.verdict != "equal" or not failures:
+            print(f"{one.verdict:10}{one.seconds:6.1f} s  {one.what} {one.reason}".rstrip(), flush=True)
+    print(", ".join(f"{number} {verdict}" for verdict, number in found.items()))
+
+
 def main() -> None:
     """Print a line for each, and how many there are of each verdict."""
     parser = argparse.ArgumentParser(description="Count every default configuration of transformers on meta.")
     parser.add_argument("--auto", choices=[*AUTO], action="append", help="only these Auto classes")
     parser.add_argument("--only", default="", help="only what this pattern finds, as in CausalLM/llama/")
     parser.add_argument("--failures", action="store_true", help="no lines for clean ones")
+    parser.add_argument("--narrow", action="store_true", help="compare narrow ones on meta with the CPU instead")
     given = parser.parse_args()
     warnings.simplefilter("ignore")
     load_transformers().logging.set_verbosity_error()
+    if given.narrow:
+        _print_comparisons(comparisons(given.auto or [*AUTO], given.only), failures=given.failures)
+        return
     results = []
     for result in sweep(given.auto or [*AUTO], given.only):
         results.append(result)
