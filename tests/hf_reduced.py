@@ -65,7 +65,7 @@ def consistent(facts: dict[str, Any]) -> dict[str, Any]:
         _all_stages(part)
         _filled(part)
     for part in (made, _text(made)):
-        _turned(part)
+        _turned(part, seen="vision_config" in made)
     return made
 
 
@@ -167,10 +167,12 @@ def _filled(facts: dict[str, Any]) -> None:
             facts[name] = words - 1
 
 
-def _turned(facts: dict[str, Any]) -> None:
-    """Heads have as many turns as the sections hold."""
+def _turned(facts: dict[str, Any], *, seen: bool) -> None:
+    """Heads have as many turns as the sections hold, also where a model that sees takes those for granted."""
     turns = facts.get("rope_parameters")
     if not isinstance(turns, dict) or any(isinstance(value, dict) for value in turns.values()):  # one for each kind
+        return
+    if not seen and "mrope_section" not in turns:
         return
     heads = facts.get("num_attention_heads") or 1
     wide = facts.get("head_dim") or facts.get("hidden_size", 0) // heads
