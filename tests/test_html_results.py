@@ -9,12 +9,31 @@ import pytest
 from typer.testing import CliRunner
 
 from flopprof.cli.main import app
+from flopprof.compare.budget import Budget
 from flopprof.compare.comparison import Row, side_by_side
+from flopprof.compare.difference import diff
 from flopprof.plan import plan
-from flopprof.report.html import comparison
+from flopprof.plan.mesh_result import Alike, Mesh, Stage, Traffic
+from flopprof.report.html import comparison, difference, mesh, verdict
 from flopprof.report.html import page as frame
 from flopprof.report.html import plan as planned
-from html_pages import FLOPS, LARGE, NAME, SMALL, STEP_S, WAIT_S, Page, compared, records, run_page
+from html_pages import (
+    FLOPS,
+    LARGE,
+    NAME,
+    SMALL,
+    STEP_S,
+    WAIT_S,
+    Page,
+    compared,
+    hostile,
+    rebuilt,
+    records,
+    run_page,
+    synthetic,
+)
+
+MLP = f"{Path(__file__).parent / 'sample_models' / 'nets.py'}:Mlp"
 
 
 @pytest.fixture(autouse=True)
@@ -149,7 +168,103 @@ def test_a_plan_is_a_page(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["plan", "--params", "7e9", "--tokens", "1e12", "--html", str(file)])
     assert result.exit_code == 0, result.output
     assert "4.2e+22 FLOPs" in Page(file.read_text()).text
-    for more, sentence in ((["--published"], "without --published"), (["--json", "-"], "both --json and --html")):
-        result = CliRunner().invoke(app, ["plan", "--params", "7e9", *more, "--html", "-"])
-        assert result.exit_code == 2
-        assert sentence in result.output
+    result = CliRunner().invoke(app, ["plan", "--params", "7e9", "--json", "-", "--html", "-"])
+    assert result.exit_code == 2
+    assert "both --json and --html" in result.output
+
+
+# --- differences, budgets, meshes, generated text ----------------------------------------------------
+def test_a_difference_has_every_change_whole() -> None:
+    before, after = hostile(), rebuilt(hostile(), target="after", operators=[])
+    found = diff(before, after)
+    read = check(difference.render(found))
+    for change in (*found.totals, *found.own, *found.operators):
+        if change.before:
+            assert f"{change.name.replace('_', ' ') if change in found.totals else change.name} " in read.text
+            assert f"{change.before:,}" in read.text
+    bars = read.data["figures"]["modules-chart"]["data"][0]
+    assert sum(bars["x"]) == -before.hardware_flops
+    assert "No figure differs." in check(difference.render(diff(before, before))).text
+
+
+def test_more_changes_than_rows_are_counted() -> None:
+    before = synthetic(700)
+    read = check(difference.render(diff(before, synthetic(700, scale=2))))
+    changed = len(diff(before, synthetic(700, scale=2)).own)
+    assert f"{changed - 300:,} more with smaller deltas" in read.text
+
+
+def test_a_verdict_says_who_is_to_blame() -> None:
+    profile = hostile()
+    over = Budget(max_flops=profile.model_flops - 1, max_params=10**6).judge(profile)
+    read = check(verdict.render(over, profile, heading="2 rows"))
+    assert "is over its budget" in read.text
+    assert over.excesses[0].sentence in read.text
+    assert "model flops over" in read.text
+    assert f"{10**6 - profile.n_params:,} as given" in read.text
+    assert read.data["modules"]["root"] == profile.target
+    assert "is within its budget" in check(verdict.render(Budget(max_params=10**6).judge(profile), profile)).text
+
+
+def test_a_mesh_has_each_stage_whole() -> None:
+    sent = Traffic(tensor=3, tensor_each=5, pipeline=7, data=11)
+    stages = tuple(
+        Stage(
+            first=place,
+            last=place,
+            forward_flops=LARGE + place,
+            backward_flops=2 * LARGE,
+            recompute_flops=0,
+            params=13,
+            states_bytes=17,
+            activations_bytes=19,
+            traffic=sent,
+        )
+        for place in range(2)
+    )
+    alike = (Alike(module="<b>router</b>", flops=6),)
+    found = Mesh(
+        model=NAME,
+        tp=2,
+        pp=2,
+        dp=1,
+        zero=0,
+        seq=8,
+        micro_batch=1,
+        micro_batches=2,
+        stages=stages,
+        whole_flops=2 * sum(stage.flops for stage in stages) - 6,
+        replicated=alike,
+    )
+    read = check(mesh.render(found))
+    assert f"{NAME}: tp 2 x pp 2 x dp 1 = 4 ranks" in read.text
+    for stage in stages:
+        assert f"{stage.flops:,}" in read.text
+    assert "not split <b>router</b>: 6 FLOPs" in read.text
+    assert [bar["x"] for bar in read.data["figures"]["sent-chart"]["data"]] == [[3, 3], [7, 7], [11, 11]]
+
+
+def test_generated_text_is_a_page(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = transformers.LlamaConfig(**sizes, vocab_size=128, architectures=["LlamaForCausalLM"])
+    config.save_pretrained(tmp_path / "tiny")
+    page = tmp_path / "decode.html"
+    arguments = ["count", str(tmp_path / "tiny"), "--mode", "decode", "--context", "16", "--html", str(page)]
+    assert CliRunner().invoke(app, arguments).exit_code == 0
+    read = check(page.read_text())
+    assert "Of one decoding step" in read.text
+    # of one token: the matrices and the head; a query over 16 keys that are kept and its own
+    assert f"{2 * (2 * (4 * 64**2 + 3 * 64 * 96) + 64 * 128) + 2 * 4 * 64 * 17:,} FLOPs" in read.text
+
+
+def test_commands_write_pages_or_say_why_not(tmp_path: Path) -> None:
+    saved, page = tmp_path / "a.json", tmp_path / "page.html"
+    saved.write_text(hostile().to_json())
+    assert CliRunner().invoke(app, ["diff", str(saved), str(saved), "--html", str(page)]).exit_code == 0
+    assert "No figure differs." in Page(page.read_text()).text
+    budget = ["check", MLP, "--input", "1x8", "--max-params", "1", "--html", str(page)]
+    assert CliRunner().invoke(app, budget).exit_code == 1
+    assert "is over its budget" in Page(page.read_text()).text
+    refused = CliRunner().invoke(app, ["run", "--html", str(page), "train.py"])
+    assert (refused.exit_code, "give --records FILE too" in refused.stderr) == (2, True)

@@ -12,6 +12,7 @@ from typer.testing import CliRunner, Result
 
 from flopprof.cli.main import app
 from flopprof.plan.make import plan
+from flopprof.plan.published import runs
 
 
 def run(*arguments: str, width: int = 80) -> Result:
@@ -108,7 +109,7 @@ def test_published_runs() -> None:
         (["--params", "7e9", "--tokens", "1e12", "--hardware", "H1000"], "no device of the table goes by 'H1000'"),
         (["--params", "7e9", "--hardware", "V100", "--dtype", "bf16"], "V100 SXM2 16GB has no bfloat16 peak"),
         (["gpt9"], "no model goes by 'gpt9'"),
-        (["resnet50"], "no model goes by 'resnet50'"),
+        (["resnet50"], "Of a model that is no text model, count a step (flopprof count) and give flops."),
         (["--shape", "layers"], "cannot read 'layers' of --shape: write it as layers=32"),
         (["--shape", "layers=2"], "not the shape of a transformer"),
         (["--params", "7e9", "--devices", "12", "--tp", "8"], "12 devices do not divide into replicas"),
@@ -160,3 +161,41 @@ def test_meshes_that_cannot_be(arguments: list[str], said: str) -> None:
     result = run(*arguments)
     assert result.exit_code == 2
     assert said in result.stderr
+
+
+def test_a_checkpoint_directory(tmp_path: Path) -> None:
+    """Its own config.json says the sizes: a decoder of 2 layers, 2 x 4 d^2 of attention and 2 x 3 d f, two tables."""
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    facts = {
+        "model_type": "llama",
+        "vocab_size": 128,
+        "tie_word_embeddings": False,
+        "num_key_value_heads": 4,
+        "hidden_act": "silu",
+    }
+    facts |= sizes
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(facts | {"architectures": ["LlamaForCausalLM"], "max_position_embeddings": 32}))
+    found = json.loads(run(str(tmp_path), "--tokens", "1e6", "--json", "-").stdout)
+    assert found["params"] == 2 * (4 * 64**2 + 3 * 64 * 96) + 2 * 128 * 64
+    assert (found["seq"], found["model"]) == (32, tmp_path.name)
+    assert found["flops_detailed"] // 10**6 == 3 * (2 * (found["params"] - 128 * 64) + 2 * 2 * 4 * (16 + 16) * 32)
+    file.write_text(json.dumps({name: value for name, value in facts.items() if name != "tie_word_embeddings"}))
+    assert "does not say tie_word_embeddings: taken as tied" in words(run(str(tmp_path), "--tokens", "1e6"))
+    wrong = (("{", "is no JSON object"), ('{"model_type": "llama"}', "no plan follows"), (None, "cannot be read"))
+    for text, said in wrong:
+        file.unlink()
+        if text is not None:
+            file.write_text(text)
+        result = run(str(tmp_path))
+        assert result.exit_code == 2
+        assert said in result.stderr
+        file.touch()
+
+
+def test_published_runs_are_a_page(tmp_path: Path) -> None:
+    page = tmp_path / "runs.html"
+    assert run("--published", "--html", str(page)).exit_code == 0
+    for run_ in runs():
+        assert f">{run_.name}<" in page.read_text()
+        assert f">{run_.utilisation:.1%}<" in page.read_text()

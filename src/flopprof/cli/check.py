@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from flopprof.cli.options import REPORT, AttentionPairs, Backward, Fold, Wanted, taken
-from flopprof.cli.output import console, progress, read_bytes, require_writable, write_text
+from flopprof.cli.output import STDOUT, console, progress, read_bytes, require_outputs, write_text
 from flopprof.errors import OverBudget
 
 _BUDGET = "The budget"
@@ -55,13 +55,21 @@ def check(
             rich_help_panel=REPORT,
         ),
     ] = None,
+    html: Annotated[
+        str | None,
+        typer.Option(
+            help="Write the verdict and the model's charts as one page, which works offline; - as above.",
+            metavar="FILE",
+            rich_help_panel=REPORT,
+        ),
+    ] = None,
 ) -> None:
     """Check a model against a budget of FLOPs and parameters: exit code 0 within it, 1 beyond, the modules named."""
     from flopprof.compare.budget import Budget
     from flopprof.profile import Profile
     from flopprof.units import parse_count, parse_share
 
-    require_writable(json)
+    require_outputs(json=json, html=html)
     budget = Budget(
         max_flops=None if max_flops is None else parse_count(max_flops),
         max_params=None if max_params is None else parse_count(max_params),
@@ -74,7 +82,11 @@ def check(
     verdict = budget.judge(profile)
     if json is not None:
         write_text(json, verdict.to_json())
-    if json != "-":
+    if html is not None:
+        from flopprof.report.html.verdict import render as page
+
+        write_text(html, page(verdict, profile, heading=workload.describe()))
+    if STDOUT not in (json, html):
         from flopprof.report.verdict import render
 
         console().print(render(verdict, heading=workload.describe()), crop=False)

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 import typer
 
 from flopprof.cli.options import REPORT, Traceback
-from flopprof.cli.output import STDOUT, console, read_bytes, require_writable, write_text
+from flopprof.cli.output import STDOUT, console, read_bytes, require_outputs, write_text
 from flopprof.errors import UsageError
 
 
@@ -31,11 +31,19 @@ def diff(
             rich_help_panel=REPORT,
         ),
     ] = None,
+    html: Annotated[
+        str | None,
+        typer.Option(
+            help="Write one page of charts and tables, which works offline; - as above.",
+            metavar="FILE",
+            rich_help_panel=REPORT,
+        ),
+    ] = None,
     traceback: Traceback = False,
 ) -> None:
     """Show what changed between two profiles: totals, operators and modules, in FLOPs. Exit code 0 either way."""
     ctx.meta["flopprof.traceback"] = traceback
-    require_writable(json)
+    require_outputs(json=json, html=html)
     if before == after == STDOUT:
         raise UsageError("both profiles are to come from standard input: give one of them as a file.")
     from flopprof.compare.difference import diff as compare
@@ -45,7 +53,11 @@ def diff(
     difference = compare(first, second, phase=phase)
     if json is not None:
         write_text(json, difference.to_json())
-    if json != "-":
+    if html is not None:
+        from flopprof.report.html.difference import render as page
+
+        write_text(html, page(difference))
+    if STDOUT not in (json, html):
         from flopprof.report.difference import render
 
         console().print(render(difference, rows=rows), crop=False)

@@ -31,7 +31,6 @@ _OTHERS = {
     "csv": "--csv",
     "markdown": "--markdown",
     "speedscope": "--speedscope",
-    "html": "--html",
     "folded": "--folded",
     "save_routing": "--save-routing",
 }
@@ -153,7 +152,12 @@ class Generation:
             )
         if files.json is not None:
             write_text(files.json, found.to_json())
-        if files.json != STDOUT:
+        if files.html is not None:
+            from flopprof.report.html.inference import render as page
+
+            device = None if self.hardware is None else self.roof(files.html)
+            write_text(files.html, page(found, hardware=device))
+        if STDOUT not in (files.json, files.html):
             from flopprof.report.inference import render
 
             console().print(render(found), crop=False)

@@ -24,7 +24,8 @@ def plan(
     model: Annotated[
         str | None,
         typer.Argument(
-            help="A text model that `flopprof models` lists (llama-3.1-8b); else --params or --shape.",
+            help="A text model that `flopprof models` lists (llama-3.1-8b), or the directory of a checkpoint; else "
+            "--params or --shape.",
             metavar="[MODEL]",
             show_default=False,
         ),

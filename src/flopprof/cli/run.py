@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 import typer
 
 from flopprof.cli.options import AttentionPairs, Traceback
-from flopprof.cli.output import require_writable, write_text
+from flopprof.cli.output import require_outputs, require_writable, write_text
 from flopprof.errors import FlopprofError, UsageError
 
 if TYPE_CHECKING:
@@ -73,6 +73,14 @@ def run(
             help="Write the summary as JSON at the end; - is standard output.", metavar="FILE", rich_help_panel=_REPORT
         ),
     ] = None,
+    html: Annotated[
+        str | None,
+        typer.Option(
+            help="Write a page with charts of the recorded steps at the end, which works offline; needs --records.",
+            metavar="FILE",
+            rich_help_panel=_REPORT,
+        ),
+    ] = None,
     every: Annotated[
         int | None,
         typer.Option(
@@ -91,7 +99,9 @@ def run(
     ctx.meta["flopprof.traceback"] = traceback
     if peak is not None and hardware is not None:
         raise UsageError("--peak and --hardware both say what 100 % is: give one of them.")
-    require_writable(json)
+    if html is not None and records is None:
+        raise UsageError("--html draws what --records writes: give --records FILE too.")
+    require_outputs(json=json, html=html)
     require_writable(records)
     program = _module(script, arguments or []) if module else _file(script, arguments or [])
     from flopprof.meter.ranks import place_of_process
@@ -117,8 +127,21 @@ def run(
         import msgspec
 
         write_text(json, msgspec.json.format(msgspec.json.encode({"schema": _SCHEMA, **_plain(summary)})).decode())
+    if html is not None and records is not None and first and summary is not None:
+        _draw(html, records, title=script)
     if ended is not None:
         _end(ended)
+
+
+def _draw(html: str, records: str, *, title: str) -> None:
+    """The page of this rank's records, runs before this one included."""
+    from flopprof.meter.ranks import path_of_rank, place_of_process
+    from flopprof.meter.records import read
+    from flopprof.meter.runs import run_of
+    from flopprof.report.html.meter import render
+
+    file = str(path_of_rank(Path(records), *place_of_process()))
+    write_text(html, render([(file, run_of(file), read(file))], title=title))
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -13,6 +14,7 @@ from flopprof.errors import UsageError
 
 _TEXT = ("decoder", "encoder", "encoder-decoder")
 _SEQ = 4096
+_DECODERS = ("CausalLM", "LMHead")  # in the names of transformers' classes that write text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,15 +82,52 @@ def shape_of_config(config: object, seq: int) -> TransformerShape | None:
         return None
 
 
+def of_directory(name: str, seq: int | None) -> Sizes:
+    """The text model that the config.json of a checkpoint directory describes. Raises UsageError."""
+    file = Path(name) / "config.json"
+    try:
+        facts = msgspec.json.decode(file.read_bytes(), type=dict[str, Any])
+    except OSError as error:
+        raise UsageError(
+            f"{name!r} is no checkpoint directory: {file.name} cannot be read ({error.strerror})."
+        ) from error
+    except msgspec.MsgspecError as error:
+        raise UsageError(f"{str(file)!r} is no JSON object: {error}.") from error
+    reach = facts.get("max_position_embeddings")
+    length = seq or (min(_SEQ, reach) if isinstance(reach, int) and reach > 0 else _SEQ)
+    try:
+        if facts.get("text_config") is not None:
+            raise ValueError("it reads more than text")
+        found = of_shape(TransformerShape.from_config(facts, seq=length), seq, None)
+    except ValueError as error:
+        raise UsageError(
+            f"no plan follows from {str(file)!r}: {error} Give params, or count it and give flops."
+        ) from error
+    assumption = f"parameters as {file.name} has them: biases and norms, under 0.1 %, are left out"
+    if "tie_word_embeddings" not in facts:
+        assumption += "; it does not say tie_word_embeddings: taken as tied"
+    named = " ".join(map(str, facts.get("architectures") or ["LMHead"]))
+    decodes = any(part in named for part in _DECODERS)
+    return replace(found, name=Path(name).name, assumption=assumption, decodes=found.decodes and decodes)
+
+
 def of_name(name: str, seq: int | None) -> Sizes:
-    """A model of the catalogue. Raises UsageError for names it does not have, and for models that read no text."""
+    """A model of the catalogue, or of a checkpoint directory.
+
+    Raises UsageError for names that are neither, and for models that read no text.
+    """
     from flopprof.models import catalogue
 
     entry = catalogue.entries().get(name.lower())
+    if entry is None and Path(name).is_dir():
+        return of_directory(name, seq)
     if entry is None:
         near = ", ".join(row.name for row in catalogue.find(name)[:4])
         more = f" Near: {near}." if near else ""
-        raise UsageError(f"no model goes by {name!r}: `flopprof models` lists them; else give params or a shape.{more}")
+        raise UsageError(
+            f"no model goes by {name!r}: `flopprof models` lists them; else give params or a shape.{more} Of a model "
+            "that is no text model, count a step (flopprof count) and give flops."
+        )
     if entry.kind not in _TEXT:
         raise UsageError(f"{entry.name} is no text model ({entry.kind}): a plan is in tokens. Give params or flops.")
     active = entry.active or entry.parameters

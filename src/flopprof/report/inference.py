@@ -24,14 +24,15 @@ _BYTES = "weights, rows looked up and the cache, each as often as it is used; no
 
 def render(found: Inference) -> RenderableType:
     """The whole report as one renderable; width, colour and file are its printer's."""
-    parts: list[RenderableType] = [Text(_heading(found), style="bold", overflow="fold"), Text()]
+    parts: list[RenderableType] = [Text(heading(found), style="bold", overflow="fold"), Text()]
     if found.mode != "prefill":
         parts += [_step(found), Text()]
-    parts += [_cache(found), Text(), Facts(list(_facts(found)))]
+    parts += [_cache(found), Text(), Facts(list(facts(found)))]
     return Group(*parts)
 
 
-def _heading(found: Inference) -> str:
+def heading(found: Inference) -> str:
+    """Model, mode, sizes, dtype and device in one line."""
     sizes = [f"batch {found.batch}"]
     if found.prompt is not None:
         sizes.append(f"{'source' if found.paired else 'prompt'} {found.prompt}")
@@ -111,7 +112,8 @@ def _cache(found: Inference) -> RenderableType:
 
 
 # --- facts --------------------------------------------------------------------------------------
-def _facts(found: Inference) -> Iterator[tuple[str, str]]:
+def facts(found: Inference) -> Iterator[tuple[str, str]]:
+    """Labelled sentences."""
     yield from _flops(found)
     yield "bytes", f"{format_si(found.bytes_moved, 'B')}: {_BYTES}"
     yield "intensity", f"{found.intensity:.4g} FLOPs per byte"

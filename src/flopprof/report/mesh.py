@@ -28,9 +28,11 @@ def render(mesh: Mesh) -> RenderableType:
 
 
 def title(mesh: Mesh) -> str:
-    """`mixtral-8x7b: tp 2 x cp 1 x pp 4 x dp 8 = 64 ranks`: axes of one rank are left out, but for these three."""
-    axes = [f"tp {mesh.tp}", *([f"cp {mesh.cp}"] if mesh.cp > 1 else []), f"pp {mesh.pp}", f"dp {mesh.dp}"]
-    return f"{mesh.model}: {' x '.join(axes)} = {mesh.ranks:,} ranks"
+    """`mixtral-8x7b: tp 2 (sp) x cp 2 x pp 4 x dp 8 = 128 ranks`: cp and ep where there are several."""
+    context = f"cp {mesh.cp}" if mesh.cp > 1 else ""
+    axes = filter(None, [f"tp {mesh.tp}{' (sp)' if mesh.sp else ''}", context, f"pp {mesh.pp}", f"dp {mesh.dp}"])
+    experts = f", ep {mesh.ep} of them" if mesh.ep > 1 else ""
+    return f"{mesh.model}: {' x '.join(axes)} = {mesh.ranks:,} ranks{experts}"
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,10 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from flopprof.plan.result import Plan, Run
-from flopprof.report.html.elements import Head, exact, facts, figure, table
+from flopprof.report.html.elements import Head, facts, figure, table
 from flopprof.report.html.page import Section, page, plot_text
 from flopprof.report.plan import notes, sections
+from flopprof.units import format_si
 
 _COLOURS = ("#3b82c4", "#d9772b", "#3f9d6c", "#b5588f", "#c9a227")
 
@@ -47,12 +48,12 @@ def render_runs(runs: Sequence[Run]) -> str:
     rows = [
         [
             run.name,
-            exact(run.params),
-            exact(run.tokens),
-            exact(run.flops),
+            format_si(run.params),
+            format_si(run.tokens),
+            f"{run.flops:.4g}",
             f"{run.device}, {run.dtype}",
             "" if run.device_hours is None else f"{run.device_hours:,.0f}",
-            f"{run.flops_per_s:.4g}",
+            format_si(run.flops_per_s),
             f"{run.utilisation:.1%}",
             run.source,
             run.date.isoformat(),
