@@ -43,7 +43,10 @@ def pictures(maker: Maker) -> Iterator[dict[str, Any]]:
 def sized(maker: Maker) -> Iterator[Maker]:
     """The same with pictures of other sizes, where none was asked for."""
     if maker.request.image_size is None:
-        yield from (replace(maker, side=other) for other in _SIDES if other != side(maker.vision))
+        native = side(maker.vision)
+        half = sorted(native) if isinstance(native, tuple) else ()  # of two pictures, one above the other
+        others = dict.fromkeys((*half[:1], *_SIDES))
+        yield from (replace(maker, side=other) for other in others if other != native)
 
 
 def flattened(maker: Maker, count: int) -> dict[str, Any]:
