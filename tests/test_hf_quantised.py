@@ -130,6 +130,47 @@ def test_experts_are_multiplied_in_8_bits(tmp_path: Path) -> None:
         assert profile.backward_flops == routed + attention + 2 * (router + HEAD) + LAYERS * 4 * SCORES
 
 
+MIXTRAL: dict[str, Any] = {
+    "model_type": "mixtral", "architectures": ["MixtralForCausalLM"], "num_local_experts": 4, "num_experts_per_tok": 2,
+    "intermediate_size": 96,
+}  # fmt: skip
+LLAMA4: dict[str, Any] = {
+    "model_type": "llama4_text", "architectures": ["Llama4ForCausalLM"], "num_local_experts": 4, "head_dim": 16,
+    "num_experts_per_tok": 1, "interleave_moe_layer_step": 1, "intermediate_size": 96, "intermediate_size_mlp": 96,
+}  # fmt: skip
+APART = LAYERS * 4 * 3 * D * 96  # in experts
+FBGEMM = {"quant_method": "fbgemm_fp8"}
+
+
+@pytest.mark.parametrize(
+    ("found", "facts", "packed"),
+    [
+        (NF4, MIXTRAL, False),
+        (GPTQ, MIXTRAL, False),
+        ({"quant_method": "hqq", "weight_bits": 4}, MIXTRAL, False),
+        (W8A8, MIXTRAL, False),
+        (FBGEMM, MIXTRAL, False),
+        (FP8, MIXTRAL, True),
+        (NF4, LLAMA4, True),
+        (GPTQ, LLAMA4, False),
+        (FBGEMM, LLAMA4, True),
+    ],
+)
+def test_experts_are_stored_as_the_method_finds_them(
+    tmp_path: Path, found: Any, facts: dict[str, Any], packed: bool
+) -> None:
+    """transformers' layers replace linear ones; of fused experts only fp8's, and Llama 4's, which it takes apart."""
+    workload = quantised(tmp_path, found, **facts)
+    assert workload.quantised is not None
+    linear = LAYERS * (2 * D * D + 2 * D * K)  # no router is a plain linear layer
+    shared = LAYERS * 3 * D * 96 if facts is LLAMA4 else 0
+    assert workload.quantised.elements == linear + shared + packed * APART
+    said = any("taken to be stored whole" in note for note in workload.assumptions)
+    assert said is not packed
+    whole = 2 * APART
+    assert (workload.quantised.n_bytes is not None and workload.quantised.n_bytes > whole) is not packed
+
+
 def test_mxfp4_is_of_experts_alone(tmp_path: Path) -> None:
     experts, inner = 4, 96
     facts = {

@@ -389,6 +389,76 @@ def test_a_result_survives_its_json_and_is_called_by_the_name_of_its_package(mad
         Inference.from_json(found.to_json().replace("flopprof.inference/1", "flopprof.inference/9"))
 
 
+DIA: dict[str, Any] = {
+    "dtype": "float32",
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+    "delay_pattern": [0, 1, 2],
+    "encoder_config": {
+        **{name: TEXT[name] for name in ("hidden_size", "num_hidden_layers", "head_dim", "intermediate_size")},
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": HEADS,
+        "vocab_size": WORDS,
+        "max_position_embeddings": 64,
+    },
+    "decoder_config": {
+        **{name: TEXT[name] for name in ("hidden_size", "num_hidden_layers", "head_dim", "intermediate_size")},
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": SHARED,
+        "vocab_size": 60,
+        "num_channels": 3,
+        "cross_num_attention_heads": HEADS,
+        "cross_num_key_value_heads": HEADS,
+        "cross_head_dim": HEAD,
+        "cross_hidden_size": WIDTH,
+        "max_position_embeddings": 64,
+    },
+}
+
+
+@pytest.mark.nightly
+def test_several_codes_may_stand_at_each_place(made: Any) -> None:
+    """Dia's decoder adds up three codes a place, and keeps a cache only where the call says so."""
+    source, context = 20, 9
+    step = inference(made("dia", "DiaForConditionalGeneration", DIA), mode="decode", context=context, seq=source)
+    own = WIDTH * HEAD * (2 * HEADS + 2 * SHARED) + 2 * WIDTH * HEADS * HEAD + 3 * WIDTH * INNER
+    pairs = context + 1 + source
+    assert step.flops == 2 * (LAYERS * own + WIDTH * 3 * 60) + attended(pairs)
+    assert {part.kind: part.bytes for part in step.cache.parts} == {
+        "attention": context * 2 * LAYERS * SHARED * HEAD * BYTES,
+        "cross-attention": source * 2 * LAYERS * HEADS * HEAD * BYTES,
+    }
+
+
+@pytest.mark.nightly
+def test_a_part_may_make_the_tokens(made: Any) -> None:
+    """Kosmos-2 sees the picture once; then generate() hands over to its text model."""
+    facts = {
+        "dtype": "float32",
+        "latent_query_num": 4,
+        "text_config": {
+            "vocab_size": WORDS,
+            "embed_dim": WIDTH,
+            "layers": LAYERS,
+            "ffn_dim": INNER,
+            "attention_heads": HEADS,
+            "max_position_embeddings": 64,
+        },
+        "vision_config": {
+            "hidden_size": WIDTH,
+            "intermediate_size": INNER,
+            "num_hidden_layers": 1,
+            "num_attention_heads": HEADS,
+            "image_size": 16,
+            "patch_size": 8,
+        },
+    }
+    step = inference(made("kosmos-2", "Kosmos2ForConditionalGeneration", facts), mode="decode", context=9)
+    assert step.flops == 2 * (LAYERS * (4 * WIDTH * WIDTH + 2 * WIDTH * INNER) + TOP) + attended(10)
+    assert step.cache.bytes == 9 * 2 * LAYERS * WIDTH * BYTES
+
+
 def test_a_workload_is_left_as_it_was(made: Any) -> None:
     workload = flopprof.load(made(*TINY["recurrent_gemma"]))
     before = {name: dict(vars(module)) for name, module in workload.model.named_modules()}

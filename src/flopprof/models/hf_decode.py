@@ -7,6 +7,7 @@ is handed back to it with one new token, whose operators are counted. No sequenc
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -22,7 +23,7 @@ from flopprof.models.hf_config import load_transformers
 from flopprof.models.hf_inputs import make_inputs
 from flopprof.models.hf_maker import Maker, ids, reach
 from flopprof.models.hf_reads import Read, Reads
-from flopprof.models.hf_steps import Memo, Session, Step
+from flopprof.models.hf_steps import Memo, Session, Step, codes_of
 from flopprof.models.inputs import first_line
 from flopprof.models.request import Request
 from flopprof.models.workload import Workload
@@ -95,12 +96,16 @@ class Generator:
     # --- what is run --------------------------------------------------------------------------------
     def prompt(self, batch: int, length: int, source: int | None = None) -> Mapping[str, Any]:
         """Arguments of a prefill: `length` tokens of text; of an encoder-decoder the decoder's, and `source` tokens."""
+        ready, self.memo.ready = self.memo.ready, None
+        if ready is not None:
+            return ready
         wanted = replace(self.request, batch=batch, seq=source if self.paired else length)
         kwargs = dict(make_inputs(self.workload.model, wanted, self.workload.device).kwargs)
         if self.paired:
             maker = Maker(self.workload.model, wanted, self.workload.device)
-            kwargs["decoder_input_ids"] = ids(maker, batch, length)
-        if self.paired and getattr(self.model.config, "use_cache", False):
+            codes = codes_of(kwargs.get("decoder_input_ids"))
+            kwargs["decoder_input_ids"] = ids(maker, batch, length * math.prod(codes)).view(batch, length, *codes)
+        if self.paired and getattr(self.model.config, "use_cache", False) and not self.memo.told:
             kwargs.pop("use_cache", None)  # said by the config; an encoder of the same class may refuse to be told
         else:
             kwargs["use_cache"] = True
@@ -117,9 +122,11 @@ class Generator:
         """What the prefill of one sequence reads of the model's own tensors. Raises ModelFailed, UsageError."""
 
         def look(session: Session) -> Mapping[str, Read]:
+            told = self.memo.told
+            self.memo.ready = self.prompt(1, length, source)  # what makes it may look at the model too
             with Reads(self.workload.model) as reads:
                 session.at(1, length, source)
-            return dict(reads.reads)
+            return dict(reads.reads) if self.memo.told == told else look(session)
 
         return self._attempt(look)
 
@@ -133,20 +140,29 @@ class Generator:
 
     # --- how ------------------------------------------------------------------------------------------
     def _attempt(self, run: Callable[[Session], T]) -> T:
-        """By calls with the least, else by those that generate() prepares; what failed first is what is told."""
-        try:
-            return self._valued(run)
-        except UsageError:
-            raise
-        except Exception as error:
-            if self.memo.prepared or not hasattr(self.workload.model, "prepare_inputs_for_generation"):
-                raise self._failure(error) from error
-            self.memo.prepared = True
+        """By calls with the least, else as generate() makes them; what failed first is what is told."""
+        first: Exception | None = None
+        for prepared, part in dict.fromkeys([(self.memo.prepared, self.memo.part), *self._ways()]):
+            self.memo.prepared, self.memo.part = prepared, part
             try:
                 return self._valued(run)
-            except Exception:
-                self.memo.prepared = False
-                raise self._failure(error) from error
+            except UsageError:
+                raise
+            except Exception as error:  # whatever a model's own code raises
+                first = first or error
+        self.memo.prepared, self.memo.part = False, ""
+        assert first is not None
+        raise self._failure(first) from first
+
+    def _ways(self) -> Iterator[tuple[bool, str]]:
+        """(with arguments that the model prepares, part of the model that makes the tokens)."""
+        if hasattr(self.model, "prepare_inputs_for_generation"):
+            yield True, ""
+        own = load_transformers().GenerationMixin.generate
+        if getattr(type(self.model), "generate", own) is not own:  # it hands over to a part that generates
+            makers = [name for name, child in self.model.named_children() if getattr(child, "can_generate", bool)()]
+            if len(makers) == 1:
+                yield False, makers[0]
 
     def _valued(self, run: Callable[[Session], T]) -> T:
         """Without values first, which is faster; with them where a question about values has failed."""

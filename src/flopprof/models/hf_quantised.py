@@ -7,6 +7,7 @@ transformers 5.23 runs it (its integrations and quantizers folders).
 
 from __future__ import annotations
 
+import importlib
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
@@ -25,8 +26,7 @@ _SPECIAL, _REPEATED, _MOST_REPEATS = re.compile(r"[*+?\[|^$\\]"), re.compile(r"[
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _WHOLE = {"F64", "F32", "F16", "BF16"}
 _WIDEST = 16
-_MOST_SKIPPED, _MOST_REGEXES = 10_000, 200
-_LONGEST_PATTERN = 200
+_MOST_SKIPPED, _MOST_REGEXES, _LONGEST_PATTERN = 10_000, 200, 200
 
 STORED_BYTES = "flopprof_stored_bytes"  # of a quantised parameter: what its bits and scales take
 
@@ -49,6 +49,7 @@ class Scheme:
     compute   the type that activations are cast to before a product with a weight that was dequantised
     skipped   patterns of modules that stay as they are; None: the output embedding does
     linear    are linear layers among what is quantised; experts: are weights of three dimensions, (expert, out, in)
+    listed    are experts quantised of the classes that transformers replaces by lists of linear layers
     """
 
     label: str
@@ -61,6 +62,7 @@ class Scheme:
     skipped: tuple[str, ...] | None = None
     linear: bool = True
     experts: bool = False
+    listed: bool = False
     note: str = ""
 
 
@@ -75,6 +77,7 @@ class Quantised:
     elements: int
     n_bytes: int | None
     by_parameter: Mapping[str, int]
+    notes: tuple[str, ...] = ()
 
     def describe(self) -> str:
         """`bitsandbytes, 4 bits (nf4): 6.98 G weights quantised; all weights take 4.5 GB`."""
@@ -154,11 +157,11 @@ def _bitsandbytes(facts: _Facts) -> Scheme:
         twice = facts.found.get("bnb_4bit_use_double_quant") is True
         return Scheme(
             label=f"bitsandbytes, 4 bits ({kind})", bits=4, group=64, scale_bits=8 if twice else 32,
-            packed=True, compute=_DTYPES.get(name),
+            packed=True, compute=_DTYPES.get(name), listed=True,
             note=f"each weight is dequantised, and multiplied in {name}",
         )  # fmt: skip
     return Scheme(
-        label="bitsandbytes, 8 bits", bits=8, scale_bits=32, packed=True, multiplied=torch.int8,
+        label="bitsandbytes, 8 bits", bits=8, scale_bits=32, packed=True, multiplied=torch.int8, listed=True,
         note="both factors are multiplied as int8, no column of the activations being an outlier",
     )  # fmt: skip
 
@@ -188,15 +191,15 @@ def _weights_only(label: str, bits: int) -> Any:
     return read
 
 
-def _float8(label: str) -> Any:
-    """Both factors in 8 bits, also those of experts; a scale for each block."""
+def _float8(label: str, *, experts: bool = True) -> Any:
+    """Both factors in 8 bits, also those of experts (all, or the listed ones); a scale for each block."""
 
     def read(facts: _Facts) -> Scheme:
         block = facts.found.get("weight_block_size")
         sizes = isinstance(block, list) and len(block) == 2 and all(type(n) is int and 0 < n < 1 << 20 for n in block)
         return Scheme(
             label=f"{label}, 8 bits", bits=8, group=block[0] * block[1] if sizes and block else None, scale_bits=32,
-            packed=True, multiplied=torch.float8_e4m3fn, experts=True,
+            packed=True, multiplied=torch.float8_e4m3fn, experts=experts, listed=True,
             note="both factors are multiplied as float8_e4m3fn; gradients of inputs by the dequantised weight",
         )  # fmt: skip
 
@@ -222,7 +225,7 @@ def _compressed(facts: _Facts) -> Scheme:
     bits = widths.pop() if len(widths) == 1 else None
     return Scheme(
         label="compressed-tensors" + (f", {bits} bits" if bits else ""), bits=bits,
-        group=sizes.pop() if len(sizes) == 1 else None, packed=True,
+        group=sizes.pop() if len(sizes) == 1 else None, packed=True, listed=True,
         note="weights are decompressed, and multiplied in the activations' type (serving kernels may use 8 bits)",
     )  # fmt: skip
 
@@ -259,7 +262,7 @@ _METHODS: dict[str, Any] = {
     "gptq": _grouped("gptq", 128), "awq": _grouped("awq", 128), "auto-round": _grouped("auto-round", 128),
     "hqq": _weights_only("hqq", 4), "quanto": _weights_only("quanto", 8), "eetq": _weights_only("eetq", 8),
     "bitnet": _weights_only("bitnet", 2), "higgs": _grouped("higgs", 256, packed=False),
-    "fp8": _float8("fp8"), "mxfp8": _float8("mxfp8"), "fbgemm_fp8": _float8("fbgemm_fp8"),
+    "fp8": _float8("fp8"), "mxfp8": _float8("mxfp8"), "fbgemm_fp8": _float8("fbgemm_fp8", experts=False),
     "mxfp4": _mxfp4, "compressed-tensors": _compressed, "torchao": _torchao,
 }  # fmt: skip
 
@@ -277,7 +280,7 @@ def quantise(model: nn.Module, scheme: Scheme, stored: Stored | None = None) -> 
                 module.__class__ = linear_classes()[type(module)]
                 module.multiplied, module.compute = scheme.multiplied, scheme.compute
                 module.requires_grad_(False)
-    if scheme.multiplied is not None and any(parameter.dim() == 3 for _name, parameter in chosen.values()):
+    if scheme.multiplied is not None and scheme.experts and any(p.dim() == 3 for _name, p in chosen.values()):
         narrow_experts(model, scheme.multiplied)
     by_parameter = {name: _bytes(parameter, scheme) for name, parameter in chosen.values() if scheme.bits}
     for name, parameter in chosen.values():
@@ -291,7 +294,28 @@ def quantise(model: nn.Module, scheme: Scheme, stored: Stored | None = None) -> 
         elements=sum(parameter.numel() for _name, parameter in chosen.values()),
         n_bytes=others + sum(by_parameter.values()) if scheme.bits else None,
         by_parameter=by_parameter,
+        notes=tuple(_left_whole(model, scheme, chosen)),
     )
+
+
+def _experts(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Parameter]]:
+    """(module's name, module, weight's name, weight) of the experts whose weights lie together."""
+    for name, module in model.named_modules():
+        for key, parameter in module._parameters.items() if hasattr(module, "num_experts") else ():
+            if parameter is not None and parameter.dim() == 3 and parameter.is_floating_point():
+                yield name, module, key, parameter
+
+
+def _left_whole(model: nn.Module, scheme: Scheme, chosen: Collection[int]) -> Iterator[str]:
+    """What to say of experts that the method does not quantise in transformers, whatever its other users do."""
+    if scheme.multiplied is not None and not scheme.experts and any(id(p) in chosen for *_rest, p in _experts(model)):
+        yield f"{scheme.label}: experts are counted in the activations' type"
+    left = [parameter.numel() for *_rest, parameter in _experts(model) if id(parameter) not in chosen]
+    if scheme.bits and scheme.linear and left:
+        yield (
+            f"{scheme.label}: linear layers alone are packed, and {format_si(sum(left))} weights of experts that lie "
+            "together are taken to be stored whole, as transformers holds them"
+        )
 
 
 def _linears(model: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -311,11 +335,12 @@ def _chosen(model: Any, scheme: Scheme, stored: Stored | None) -> dict[int, tupl
             whole = stored.tensors.get(f"{name}.weight") if stored is not None else None
             if id(module.weight) not in embedded and name not in kept and not (whole and whole.dtype in _WHOLE):
                 found[id(module.weight)] = f"{name}.weight", module.weight
-    if scheme.experts:
-        for name, module in model.named_modules():
-            for key, parameter in module._parameters.items() if hasattr(module, "num_experts") else ():
-                if parameter is not None and parameter.dim() == 3 and name not in left:
-                    found[id(parameter)] = f"{name}.{key}", parameter
+    if scheme.experts or scheme.listed:
+        base: Any = importlib.import_module("transformers.quantizers.base")
+        replaced = getattr(base, "MODULES_TO_PATCH_FOR_QUANTIZATION", {})
+        for name, module, key, parameter in _experts(model):
+            if (scheme.experts or type(module).__name__ in replaced) and name not in left:
+                found[id(parameter)] = f"{name}.{key}", parameter
     return found
 
 

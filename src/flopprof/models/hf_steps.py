@@ -62,11 +62,19 @@ class Memo:
     """What was found out about a model, so that it need not be again.
 
     whole: prompts run whole. given: it must be given an empty cache. prepared: calls as generate() prepares them.
+    ready: the next prompt, where it is made already. told: it keeps a cache only where a call says so too, and not the
+    config alone.
+    part: the part of it that makes the tokens after a prompt, where its generate() hands over to one. codes: sizes of
+    what stands at each place of a text: none for a word, as many as there are codebooks for sound.
     """
 
     whole: bool = False
     given: bool = False
     prepared: bool = False
+    told: bool = False
+    ready: Mapping[str, Any] | None = None
+    part: str = ""
+    codes: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -113,12 +121,16 @@ class Session:
     def _fill(self, batch: int, length: int, source: int | None) -> _Full:
         """After a prefill that is not counted. Raises UsageError where the model keeps nothing."""
         kwargs = dict(self._made.prompt(batch, length, source))
+        self._memo.codes = codes_of(kwargs.get(self._ids))
         kwargs = moved(kwargs) if self._made.workload.device == "meta" else kwargs
         encoded: list[Any] = []
         encoder = self._model.get_encoder() if self._made.paired else None
         hook = None if encoder is None else encoder.register_forward_hook(lambda *call: encoded.append(call[-1]))
         try:
             found = None if self._memo.given else cache_in(self._model(**kwargs))
+            if found is None and self._made.paired and not self._memo.told and "use_cache" in self._made.taken:
+                self._memo.told = True
+                return self._fill(batch, length, source)
             if found is None and "past_key_values" in self._made.taken and not self._made.paired:
                 found = self._given(kwargs)
         finally:
@@ -175,7 +187,7 @@ class Session:
         counter, reads = FlopCounter(self._model, attention=self._made.attention), Reads(self._model)
         given = (self._prepared if self._memo.prepared else self._next)(batch, context, full)
         with carried(counter.assume) if self._values else nullcontext(), reads, counter:
-            output = self._model(**given)
+            output = self._model.get_submodule(self._memo.part)(**given)
         _name, cache = cache_in(output) or (full.name, full.cache)
         later = self._held(replace(full, cache=cache))
         if [item.identity for item in before] == [item.identity for item in later]:
@@ -197,7 +209,7 @@ class Session:
     def _next(self, batch: int, context: int, full: _Full) -> dict[str, Any]:
         """Arguments for one new token of each sequence: positions are left to the model, which asks its cache."""
         token = self._tokens(batch, 1)
-        given = {"decoder_input_ids" if self._made.paired else "input_ids": token, "use_cache": True}
+        given = {self._ids: token, "use_cache": True}
         given[full.name] = full.cache
         if full.encoded is not None and "encoder_outputs" in self._made.taken:
             given["encoder_outputs"] = full.encoded
@@ -208,7 +220,8 @@ class Session:
     def _prepared(self, batch: int, context: int, full: _Full) -> dict[str, Any]:
         """The same as generate() prepares them, from the whole text: with positions and a mask that masks nothing."""
         text = self._tokens(batch, context + 1)
-        given = {**self._next(batch, context, full), "attention_mask": torch.ones_like(text)}
+        given = self._next(batch, context, full)
+        given["attention_mask"] = torch.ones(batch, context + 1, dtype=torch.int64, device=text.device)
         given = {name: value for name, value in given.items() if not name.endswith("input_ids")}
         prepare = self._model.prepare_inputs_for_generation
         if "next_sequence_length" in prepare.__code__.co_varnames[: prepare.__code__.co_argcount + 1]:
@@ -216,15 +229,24 @@ class Session:
         prepared: dict[str, Any] = prepare(text, **given)
         return prepared
 
+    @property
+    def _ids(self) -> str:
+        return "decoder_input_ids" if self._made.paired else "input_ids"
+
     def _tokens(self, batch: int, length: int) -> torch.Tensor:
         device = self._made.workload.device
-        ones = torch.ones(batch, length, dtype=torch.int64)
+        ones = torch.ones(batch, length, *self._memo.codes, dtype=torch.int64)
         return ones.to(device)
 
     def _named(self, profile: Profile, batch: int) -> Profile:
         workload = self._made.workload
         said = (*profile.assumptions, *workload.assumptions)
         return with_fields(profile, target=workload.name, tokens=batch, samples=batch, assumptions=said)
+
+
+def codes_of(tokens: Any) -> tuple[int, ...]:
+    """Sizes behind (batch, length) of a text, where a place holds several codes."""
+    return tuple(tokens.shape[2:]) if isinstance(tokens, torch.Tensor) else ()
 
 
 def _outline(item: Held) -> tuple[Any, ...]:

@@ -86,7 +86,7 @@ def _on(
         scheme = scheme_of(facts, f"{target}/{CONFIG}")
         if scheme is not None:
             quantised = quantise(model, scheme, stored)
-            notes.append(f"{scheme.label}: {scheme.note}" if scheme.note else scheme.label)
+            notes += [f"{scheme.label}: {scheme.note}" if scheme.note else scheme.label, *quantised.notes]
         if request.attn == "flash":
             hf_flash.require_half(_dtype(model), target)
             if not hf_flash.installed():
