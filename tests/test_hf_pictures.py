@@ -50,8 +50,7 @@ def maker(forward: Any, parts: dict[str, nn.Module] | None = None, **facts: Any)
 
 
 # --- what is documented ----------------------------------------------------------------------------------------------
-def document(self: Any, pixel_values: Any, tile_mask: Any, context: Any, classes_input_ids: Any,
-             classes_attention_mask: Any, classes_structure: Any, target_sizes: Any, prompt_masks: Any) -> Any:  # fmt: skip
+def document(self: Any, pixel_values: Any, target_sizes: Any, **_: Any) -> Any:
     """
     pixel_values (`torch.FloatTensor` of shape `(batch_size, num_tiles, num_channels, height, width)`):
         Tiles.
