@@ -441,3 +441,21 @@ def test_a_checkpoint_directory_lies_on_a_mesh(tmp_path: Path) -> None:
     assert (found.tp, found.sp, found.ranks_flops, found.replicated) == (2, True, found.whole_flops, ())
     assert all(stage.activations_bytes for stage in found.stages)
     assert f"{found.stages[0].flops:,}" in page.read_text()
+
+
+def test_experts_that_the_plan_does_not_split_share_out_tokens() -> None:
+    """Then tensor parallel ranks do not do them alike: each sends its own part of the tokens."""
+
+    def unsplit() -> Workload:
+        found = workload("mixtral", tie_word_embeddings=False, **EXPERTS)
+        found.model._tp_plan = {k: v for k, v in found.model.tp_plan.items() if "experts" not in k}
+        return found
+
+    whole = simulate(workload("mixtral", tie_word_embeddings=False, **EXPERTS), tp=2, dp=2, ep=2, etp=1)
+    assert simulate(unsplit(), tp=2, dp=2, ep=2).stages == whole.stages
+    with pytest.raises(UsageError, match="does not split experts in its tp_plan, but etp=2 would"):
+        simulate(unsplit(), tp=2, dp=2, ep=2, etp=2)
+    assert [row.module for row in simulate(unsplit(), tp=2).replicated] == [
+        "model.layers.*.mlp.gate",
+        "model.layers.*.mlp.experts",
+    ]

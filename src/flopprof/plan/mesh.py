@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 
+import msgspec
 from torch import nn
 
 from flopprof.analytic import TransformerShape
@@ -21,12 +22,13 @@ from flopprof.plan.memory import Layout, activation_bytes, logits_bytes, state_b
 from flopprof.plan.mesh_axes import Axes
 from flopprof.plan.mesh_context import require_divisible
 from flopprof.plan.mesh_result import Alike, Mesh, Stage, Traffic
-from flopprof.plan.mesh_shards import EMBEDDINGS, Sharded, experts, shard
+from flopprof.plan.mesh_shards import EMBEDDINGS, Sharded, experts, shard, whole_experts
 from flopprof.plan.mesh_stages import Blocks, cut
 from flopprof.plan.mesh_traffic import Sent, exchanged, reduced, same_inputs, sent
 from flopprof.profile import Profile
 
 _PHASES = ("forward", "backward", "recompute")
+_UNSPLIT = "activations as if tensor parallel ranks split all of attention: what they do alike they keep in full, too"
 _BALANCED = "each rank's experts are sent as many tokens as any other's"
 
 
@@ -56,6 +58,7 @@ def simulate(
             f"{workload.name} is no decoder or encoder of a known shape, so what context parallel ranks exchange is "
             "not known: give cp=1."
         )
+    axes = whole_experts(model, axes)
     whole = workload.count(backward=True)
     if axes.cp > 1:
         require_divisible(workload, whole, axes.cp)
@@ -102,6 +105,8 @@ def simulate(
         replicated=_replicated(whole, flops, axes, axes.dp * times),
         assumptions=tuple(dict.fromkeys([*profile.assumptions, *((_BALANCED,) if axes.ep > 1 else ())])),
     )
+    if shape is not None and any("att" in row.module for row in found.replicated):
+        found = msgspec.structs.replace(found, assumptions=(*found.assumptions, _UNSPLIT))
     assert found.ranks_flops == found.whole_flops + found.replicated_flops
     return found
 

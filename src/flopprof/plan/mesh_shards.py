@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -113,6 +113,17 @@ def rope_width(model: nn.Module) -> int:
 def _text_config(model: nn.Module) -> Any:  # a transformers configuration, or None
     config: Any = getattr(model, "config", None)
     return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def whole_experts(model: nn.Module, axes: Axes) -> Axes:
+    """The axes, experts lying whole where the model's tensor parallel plan does not split them. Raises UsageError."""
+    plan: Mapping[str, str] = getattr(model, "tp_plan", None) or {}
+    if axes.tp == 1 or axes.ep == 1 or _EXPERTS in plan.values():
+        return axes
+    if axes.etp not in (None, 1):
+        name = type(model).__name__
+        raise UsageError(f"{name} does not split experts in its tp_plan, but etp={axes.etp} would: give etp=1.")
+    return replace(axes, etp=1)
 
 
 def _of_parameter(style: str, owner: str | None, parameter: torch.Tensor) -> int | None:

@@ -73,12 +73,15 @@ def sent(
                 gathered_again=_ring(own.entered, axes.tp) if axes.sp and first else 0,
             )
         )
-    if axes.ep > 1:
-        for fqn in experts:
-            _, size = _pairs(rows, fqn)
-            share = axes.tp if axes.expert_tp == 1 else 1  # whole experts: each rank sends its own share of the tokens
-            # there and back, in forward and in backward
-            found.append(Sent(fqn, expert=_ring(4 * size // share, axes.ep)))
+    for fqn in experts:
+        pairs, size = _pairs(rows, fqn)
+        whole = axes.expert_tp == 1 and axes.tp > 1  # each tensor parallel rank has its own share of the tokens
+        # there and back, in forward and in backward
+        moved = _ring(4 * size // (axes.tp if whole else 1), axes.ep)
+        # the shares are gathered, forward and backward, unless sequence parallelism leaves them where they are
+        share = (2 * outputs.get(fqn, 0) + pairs) * _width(rows, fqn) if whole and not axes.sp else 0
+        gathered = _ring(share, axes.tp)
+        found.append(Sent(fqn, expert=moved, tensor=gathered, tensor_each=gathered))
     return found
 
 
@@ -144,10 +147,8 @@ def _of_module(
             return _Bytes(gathered=output * width)
         case "moe_tp_experts":
             pairs, _ = _pairs(rows, each.fqn)
-            if axes.expert_tp > 1:  # the output, the input's gradient, and the routing weights'
-                return _Bytes(reduced=(2 * output + pairs) * width)
-            # whole experts, each rank its share of the tokens, which sequence parallelism leaves where they are
-            return _Bytes(gathered=0 if axes.sp else (2 * output + pairs) * width)
+            # the output, the input's gradient, and the routing weights'; of whole experts there are no sums
+            return _Bytes(reduced=(2 * output + pairs) * width if axes.expert_tp > 1 else 0)
     found = _Bytes()
     for row in rows.get(each.fqn, ()):
         entry = next((operand for operand in row.operands if operand.factor and operand.kind != "parameter"), None)
