@@ -328,7 +328,14 @@ def _texts(maker: Maker, name: str) -> Iterator[dict[str, Any]]:
             yield from ({name: ids(maker, batch, length - fewer)} for fewer in (1, 2) if fewer < length)
     for codes in (*_codes(maker), *_codes(maker, ("num_channels", "n_codes_total"))):
         for number in (codes, codes + 1):
-            yield {name: ids(maker, batch, length * number).view(batch, length, number)}
+            words = ids(maker, batch, length * number).view(batch, length, number)
+            yield {name: words if words.is_meta else words % _words_of_sound(maker)}
+
+
+def _words_of_sound(maker: Maker) -> int:
+    """As many codes as a place of sound may be one of: tables of codes are shorter than those of words."""
+    names = ("codebook_vocab_size", "codebook_size", "audio_vocab_size", "vocab_size")
+    return next((size for size in (token(maker.config, name) for name in names) if size), 1)
 
 
 def _codes(maker: Maker, names: tuple[str, ...] = ("num_codebooks",)) -> Iterator[int]:
