@@ -185,6 +185,7 @@ def test_nothing_is_left_behind(checkpoint: Path) -> None:
         ({"hidden_size": 10**12}, "hidden_size"),
         ({"hidden_size": {}}, "hidden_size"),
         ({"vocab_size": 10**20}, "vocab_size is 1e\\+20"),
+        ({"vocab_size": 10**400}, "vocab_size is 1e\\+400 or more"),
         ({"num_labels": 10**12}, "num_labels"),
         ({"num_labels": 10**6}, "num_labels is 1000000; more than 50,000"),
         ({"num_local_experts": 10**6}, "num_local_experts is 1000000; more than 8,192"),

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from msgspec.structs import replace as with_fields
 
-from flopprof.errors import ModelFailed, UsageError
+from flopprof.errors import ModelFailed, UsageError, ValuesUnknown
 from flopprof.inference.bounds import Rates, bounded
 from flopprof.inference.generation import Walk, amounts
 from flopprof.inference.result import Cache, CachePart, Inference, Mode, Steps
@@ -110,12 +110,12 @@ def inference(
         if seq is not None or "--seq" not in str(error):
             raise
         raise UsageError(str(error).replace("--seq", "--context" if mode == "decode" else "--prompt")) from error
-    except ModelFailed as error:  # for want of values, or of a kernel for meta
+    except (ModelFailed, ValuesUnknown) as error:  # for want of values, or of a kernel for meta
         if workload.on_cpu is None:
             raise
         try:
             return run(workload.on_cpu())
-        except ModelFailed:
+        except (ModelFailed, ValuesUnknown):
             raise error from error.__cause__
 
 

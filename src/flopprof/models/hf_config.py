@@ -100,6 +100,8 @@ def check_config(facts: Mapping[str, Any], where: str) -> None:
 
 
 def _number(value: float) -> str:
+    if isinstance(value, int) and abs(value) > 10**300:  # more than any float
+        return f"{'-' if value < 0 else ''}1e+{len(str(abs(value))) - 1} or more"
     return f"{value:.3g}" if abs(value) > 10**15 else str(value)
 
 
