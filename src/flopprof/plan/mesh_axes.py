@@ -20,7 +20,7 @@ class Axes:
     pp   pipeline stages
     ep   expert parallel, inside the ranks above: each has some of the experts, and is sent their tokens
     etp  tensor parallel ranks of an expert: tp, or 1 (experts lie whole, and tp ranks share out the tokens)
-    sp   sequence parallel (Korthikanti 2022): what tp ranks would do and keep alike is split over them by tokens
+    sp   sequence parallel (Korthikanti 2022): norms, dropout and what they keep are split over tp ranks by tokens
     """
 
     tp: int = 1

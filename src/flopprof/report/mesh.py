@@ -28,11 +28,10 @@ def render(mesh: Mesh) -> RenderableType:
 
 
 def title(mesh: Mesh) -> str:
-    """`mixtral-8x7b: tp 2 (sp) x cp 2 x pp 4 x dp 8 = 128 ranks`: cp and ep where there are several."""
+    """`mixtral-8x7b: tp 2 (sp) x cp 2 x pp 4 x dp 8 = 128 ranks`: cp where there are several."""
     context = f"cp {mesh.cp}" if mesh.cp > 1 else ""
     axes = filter(None, [f"tp {mesh.tp}{' (sp)' if mesh.sp else ''}", context, f"pp {mesh.pp}", f"dp {mesh.dp}"])
-    experts = f", ep {mesh.ep} of them" if mesh.ep > 1 else ""
-    return f"{mesh.model}: {' x '.join(axes)} = {mesh.ranks:,} ranks{experts}"
+    return f"{mesh.model}: {' x '.join(axes)} = {mesh.ranks:,} ranks"
 
 
 @dataclass(frozen=True)
@@ -109,10 +108,10 @@ def facts(mesh: Mesh) -> list[tuple[str, str]]:
     """Labelled sentences: what a step is, whether the ranks sum to the whole, and what the columns are."""
     tokens = "" if mesh.seq is None else f" of {mesh.seq} tokens"
     sequences = mesh.dp * mesh.micro_batches * mesh.micro_batch
-    micro = f"{mesh.micro_batches} micro-batches of {mesh.micro_batch}"
+    micro = f"{_many(mesh.micro_batches, 'micro-batch', 'es')} of {mesh.micro_batch}"
     found = [
         ("stage", f"{mesh.ranks // mesh.pp:,} ranks each, all alike"),
-        ("a step", f"{sequences:,} sequences{tokens}: {micro} a replica"),
+        ("a step", f"{_many(sequences, 'sequence')}{tokens}: {micro} a replica"),
     ]
     if mesh.replicated:
         found.append(
@@ -148,6 +147,10 @@ def facts(mesh: Mesh) -> list[tuple[str, str]]:
     found.append(("states", f"weights, gradients, optimizer, ZeRO {mesh.zero}; activations and logits of the forward"))
     found += [("assumed", text) for text in mesh.assumptions]
     return found
+
+
+def _many(count: int, word: str, ending: str = "s") -> str:
+    return f"{count:,} {word}{'' if count == 1 else ending}"
 
 
 def _alike(a: Stage, b: Stage) -> bool:
