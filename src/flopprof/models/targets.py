@@ -94,6 +94,9 @@ def _named(target: str, request: Request) -> Workload:
         return huggingface.load_directory(target, request)
     if catalogue.knows(target):
         return catalogue.load(target, request)
+    others = (exported.names_file, pyfile.names_file, vision.knows)
+    if not (kind == "timm" and rest) and not any(known(target) for known in others):
+        return _unknown(target)
     request.refuse_sizes_of_text(target)
     if kind == "timm" and rest:
         return timm.load(rest, request) if timm.knows(rest) else _unknown(target)
@@ -101,9 +104,7 @@ def _named(target: str, request: Request) -> Workload:
         return exported.load(target, request)
     if pyfile.names_file(target):
         return pyfile.load(target, request)
-    if vision.knows(target):
-        return vision.load(target.lower(), request)
-    return _unknown(target)
+    return vision.load(target.lower(), request)
 
 
 def suggestions(target: str, limit: int = 3) -> list[str]:
