@@ -33,7 +33,7 @@ _EXPERTS = re.compile(r"(^|_)experts$")
 _CHOSEN = re.compile(r"experts_per_tok(en)?$|top_?k(_experts)?$")
 _NO_WIDTH = re.compile(r"vocab|position|token|image|length|window|seconds|_ids?$|max_|min_|chunk|num_")
 _WIDE = 256  # smaller numbers are often others
-_SMALL_PICTURE = 160
+_SIDES = (400, 160, 10_000)  # of pictures; a whole one at last
 _FEW = 2
 _DEEP = 6  # stacks of so many are left as they are: stages are counted by the same names
 _LONGEST_PERIOD = 12
@@ -232,14 +232,14 @@ def _cut(facts: Any, depth: int) -> Any:
 
 
 def narrowings(facts: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """The same, less wide: heads narrower, or fewer; then with smaller pictures too; at last of full width.
+    """The same, less wide: heads narrower, or fewer; or, where that is small enough, as wide as it was.
 
     Widths that must divide each other may not do so any more: the next may.
     """
     tried: list[dict[str, Any]] = []
-    for pictures in (False, True):
-        few = _fewer(facts, pictures=pictures)
-        for by, heads in ((8, False), (8, True), (4, True), (4, False), (16, False), (2, True), (2, False), (1, False)):
+    for side in _SIDES:
+        few = _fewer(facts, side)
+        for by, heads in ((8, False), (8, True), (1, False), (4, True), (4, False), (16, False), (2, True), (2, False)):
             made = narrowed(few, by, heads=heads)
             if made not in tried:
                 tried.append(made)
@@ -279,10 +279,10 @@ def _widths(facts: Any) -> Iterator[int]:
             yield from _widths(value)
 
 
-def _fewer(facts: Any, *, pictures: bool) -> Any:
-    """The same with fewer experts, of which each token still leaves half, and, if asked for, smaller pictures."""
+def _fewer(facts: Any, side: int) -> Any:
+    """The same with fewer experts, of which each token still leaves half, and pictures of at most this side."""
     if isinstance(facts, list):
-        return [_fewer(item, pictures=pictures) for item in facts]
+        return [_fewer(item, side) for item in facts]
     if not isinstance(facts, dict):
         return facts
     chosen = max(
@@ -291,14 +291,14 @@ def _fewer(facts: Any, *, pictures: bool) -> Any:
     groups = facts.get("n_group") or 1
     made = {}
     for name, value in facts.items():
-        made[name] = _fewer(value, pictures=pictures)
+        made[name] = _fewer(value, side)
         if type(value) is not int:
             continue
         if _EXPERTS.search(str(name)):
             least = max(4, 2 * chosen, 2 * groups)
             made[name] = next((n for n in (value // 16, value // 8, value // 4, value // 2) if n >= least), value)
-        elif pictures and name == "image_size":
-            while made[name] > _SMALL_PICTURE and made[name] % 2 == 0:
+        elif name == "image_size":
+            while made[name] > side and made[name] % 2 == 0:
                 made[name] //= 2
     return made
 

@@ -47,7 +47,7 @@ LONGER = (SHORT, replace(SHORT, seq=160), REQUEST)  # where so few tokens do not
 MOST_PARAMETERS = 300_000_000
 MOST_FLOPS = 500 * 10**9
 MOST_NARROW = 4
-NARROW_LIMIT_S = 60
+NARROW_LIMIT_S = 90
 
 Verdict = Literal["clean", "uncounted", "failed", "unbuilt"]
 Likeness = Literal["equal", "different", "apart", "unbuilt"]
