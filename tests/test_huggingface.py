@@ -215,6 +215,17 @@ def test_configs_that_cannot_be_right_are_refused_at_once(checkpoint: Path, fact
     assert time.perf_counter() - start < 1
 
 
+def test_pictures_that_no_tensor_holds_are_refused(tmp_path: Path) -> None:
+    facts = {"model_type": "vit", "num_hidden_layers": 1, "image_size": 10**9, "patch_size": 16, "hidden_size": 48}
+    (tmp_path / "config.json").write_text(json.dumps(facts))
+    with pytest.raises(FlopprofError, match="asks for inputs that cannot be made"):
+        load(str(tmp_path))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "a" * 5000}))
+    with pytest.raises(FlopprofError) as caught:
+        load(str(tmp_path))
+    assert len(str(caught.value)) < 1000
+
+
 @pytest.mark.parametrize(
     ("content", "reason"),
     [

@@ -132,7 +132,7 @@ def architecture(facts: Mapping[str, Any], where: str) -> Architecture:
     if kind not in transformers.CONFIG_MAPPING:
         own = "it brings code of its own: pass --trust-remote-code to run it" if "auto_map" in facts else "update it"
         raise UsageError(
-            f"{where} is of the type {kind!r}, which transformers {transformers.__version__} lacks: {own}."
+            f"{where} is of the type {kind[:60]!r}, which transformers {transformers.__version__} lacks: {own}."
         )
     config = configuration(transformers.CONFIG_MAPPING[kind], facts, where)
     name = _named_class(facts, where)

@@ -103,6 +103,12 @@ def _on(
                 if device != "meta" or request.device or not needs_values(error) or _bytes(model) > _MOST_REAL_BYTES:
                     raise
                 return _on("cpu", target, found, stored, facts, request)
+            except FlopprofError:
+                raise
+            except (RuntimeError, OverflowError, MemoryError) as error:  # sizes that no tensor has
+                raise ModelFailed(
+                    f"{target}: its config asks for inputs that cannot be made: {reason(error)}"
+                ) from error
     checkpoint = None if stored is None else compare(stored, model, scheme)
     return Workload(
         model=model,
