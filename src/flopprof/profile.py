@@ -53,7 +53,7 @@ SCHEMA = "flopprof.profile/1"
 _FIELDS = {"flops": ("", "FLOPs"), "elementwise": ("flops", "elementwise FLOPs"), "bytes": ("bytes", "bytes")}
 
 
-class Profile(msgspec.Struct, frozen=True, kw_only=True):
+class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """FLOPs of one run, per operator, module and phase. One multiply-add is 2 FLOPs."""
 
     modules: tuple[ModuleRow, ...] = ()
@@ -294,12 +294,21 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True):
         """The profile that to_json wrote. Raises InvalidProfile, naming the field (and the file, by `name`)."""
         where = f"{name}: " if name else ""
         try:
+            schema = msgspec.json.decode(text, type=_Versioned).schema
+            if schema not in ("", SCHEMA):
+                raise InvalidProfile(f"{where}profile schema is {schema!r}; this flopprof reads {SCHEMA!r}.")
             profile = msgspec.json.decode(text, type=cls)
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise InvalidProfile(f"{where}not a flopprof profile: {error}.") from error
-        if profile.schema != SCHEMA:
-            raise InvalidProfile(f"{where}profile schema is {profile.schema!r}; this flopprof reads {SCHEMA!r}.")
+        if not schema:
+            raise InvalidProfile(f"{where}not a flopprof profile: it has no field `schema`.")
         return profile
+
+
+class _Versioned(msgspec.Struct):
+    """What every document says first of itself: another kind of document is no empty profile."""
+
+    schema: str = ""
 
 
 def ancestors(fqn: str) -> list[str]:
