@@ -269,6 +269,7 @@ def test_errors_are_a_sentence(arguments: list[str], code: int, sentence: str) -
 
 @pytest.mark.nightly
 def test_every_torchvision_model_has_a_row() -> None:
+    """About four minutes of processor time."""
     found = compare(["torchvision:*"])
     assert [row.name for row in found if row.failed] == []
     assert len(found) > 100
