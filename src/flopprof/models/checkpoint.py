@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from flopprof.models.hf_quantised import Scheme, elements_stored
+from flopprof.models.hf_quantised import elements_stored
+from flopprof.models.hf_schemes import Scheme
 from flopprof.models.safetensors_headers import BITS, Stored
 from flopprof.units import format_si
 

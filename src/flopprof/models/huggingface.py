@@ -27,7 +27,8 @@ from flopprof.models.hf_config import (
 )
 from flopprof.models.hf_inputs import make_inputs
 from flopprof.models.hf_maker import Inputs
-from flopprof.models.hf_quantised import quantise, scheme_of
+from flopprof.models.hf_quantised import quantise
+from flopprof.models.hf_schemes import scheme_of
 from flopprof.models.inputs import samples_in, tokens_in
 from flopprof.models.request import Request, undisturbed_random_state
 from flopprof.models.safetensors_headers import Stored, read_directory
