@@ -65,7 +65,7 @@ def consistent(facts: dict[str, Any]) -> dict[str, Any]:
         _all_stages(part)
         _filled(part)
     for part in (made, _text(made)):
-        _turned(part, seen="vision_config" in made)
+        _turned(part, seen="vision_config" in made or str(made.get("model_type")).endswith("_text"))
     return made
 
 
@@ -168,7 +168,7 @@ def _filled(facts: dict[str, Any]) -> None:
 
 
 def _turned(facts: dict[str, Any], *, seen: bool) -> None:
-    """Heads have as many turns as the sections hold, also where a model that sees takes those for granted."""
+    """Heads have as many turns as the sections hold, also where a model that sees, or its text, takes those for granted."""
     turns = facts.get("rope_parameters")
     if not isinstance(turns, dict) or any(isinstance(value, dict) for value in turns.values()):  # one for each kind
         return
