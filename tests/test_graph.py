@@ -61,6 +61,16 @@ def test_modules_that_run_nothing_are_there(engine: Any) -> None:
     assert trace(model, leaf(), engine=engine).by_module() == {"": L, "0": L, "1": 0, "2": 0}
 
 
+@pytest.mark.parametrize("engine", ENGINES)
+def test_what_may_be_a_choice_takes_elementwise_flops_all_the_same(engine: Any) -> None:
+    class Best(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.max(dim=-1).values + x.amax(-1)
+
+    profile = trace(Best(), torch.randn(4, 8), engine=engine)
+    assert profile.elementwise_flops == 4 * 8 + 4 * 8 + 4  # a comparison for each element, twice, and a sum
+
+
 @fx.wrap
 def hidden(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     if x.shape[0] > 1:  # a question that no stand-in could answer

@@ -111,6 +111,45 @@ def test_where_only_chosen_experts_run_nothing_is_told(how: str) -> None:
     assert count(net.to("meta"), x.to("meta")).experts == ()
 
 
+@pytest.mark.parametrize("kind", ["topk", "max", "best of all"])
+def test_layers_that_are_as_many_as_the_classes_are_no_experts(kind: str) -> None:
+    class Classifier(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Linear(D, D) for _ in range(EXPERTS))
+            self.head = nn.Linear(D, EXPERTS)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if kind == "best of all":  # of no row in particular; here before the layers
+                x = x + self.head(x).argmax()
+            for layer in self.layers:
+                x = layer(x)
+            scores = self.head(x)
+            if kind == "topk":
+                return scores.topk(K).values
+            return scores.gather(-1, scores.max(-1, keepdim=True).indices)
+
+    torch.manual_seed(0)
+    profile = count(Classifier(), torch.randn(TOKENS, D))
+    assert profile.experts == ()
+    assert profile.active_flops == profile.forward_flops > 0
+
+
+def test_of_several_lists_as_long_only_the_experts_are_idle() -> None:
+    class Towers(Listed):
+        def __init__(self) -> None:
+            super().__init__()
+            self.towers = nn.ModuleList(nn.Linear(D, D) for _ in range(EXPERTS))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = super().forward(x)
+            return sum((tower(x) for tower in self.towers), x)
+
+    profile = count(Towers(), torch.randn(TOKENS, D))
+    assert profile.forward_flops == GATE + ALL + 2 * TOKENS * EXPERTS * D * D
+    assert profile.active_flops == profile.forward_flops - ALL * (EXPERTS - K) // EXPERTS
+
+
 def test_experts_that_all_are_chosen_or_see_other_rows_than_the_router_are_not_told() -> None:
     class Soft(Listed):
         def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -89,7 +89,7 @@ class Rows:
                 self._run_alone(step, light=("forward", "backward"))
             elif differentiated:
                 self._run_alone(step, heavy=("backward", "recompute"), light=("forward", "backward"), joined_to=site)
-        elif entry.kind is Kind.ELEMENTWISE:
+        elif entry.elementwise is not None:
             # A composite is counted by what it runs, as it is when it runs.
             if not is_composite(entry.func):
                 self._add_elementwise(step)

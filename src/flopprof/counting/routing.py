@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import nn
 
-from flopprof.counting.idle import Choices
+from flopprof.counting.idle import MERGED, Choices
 from flopprof.counting.values_store import aside
 from flopprof.errors import UsageError
 from flopprof.rows import RoutingRow
 
 if TYPE_CHECKING:
     from flopprof.counting.attribution import Frame
+    from flopprof.counting.tally import Row
 
 MOST_EXPERTS = 1024  # routers choose among few: a choice among more (a vocabulary, anchors) is none of theirs
 TOLD = "the choice of the largest scores is taken to send each expert the tokens that the given routing says"
@@ -33,7 +34,8 @@ _MOST_APART = 8  # choices of one router that are told apart: some choose twice 
 class Seen:
     """Tokens for each expert, by the module that chose, added up over calls."""
 
-    def __init__(self) -> None:
+    def __init__(self, counted: Mapping[Any, Row]) -> None:
+        self._counted = counted  # what was multiplied so far
         self._routers: dict[tuple[str, int], _Router | None] = {}
         self._maxima: dict[str, _Maximum] = {}  # of each module the last, of which it is not known yet what it is for
 
@@ -53,16 +55,17 @@ class Seen:
         scores, chosen = args[0], out if base == "aten::argmax" else out[1]
         if type(chosen) is not torch.Tensor or not scores.is_floating_point() or scores.dim() < 2:
             return
-        dim = args[2 if base == "aten::topk" else 1] if len(args) > (2 if base == "aten::topk" else 1) else -1
-        if dim is None:
+        at = 2 if base == "aten::topk" else 1
+        dim = args[at] if len(args) > at else None if base == "aten::argmax" else -1
+        if dim is None:  # one for all of them
             return
         experts = scores.shape[dim]
         if not 1 < experts <= MOST_EXPERTS or (base == "aten::topk" and args[1] >= experts):
             return
         key = frame.fqn, experts
         if key not in self._routers:
-            slots = _weights(frames, frame.fqn, experts)
-            self._routers[key] = _Router(Choices(frame.fqn, experts, slots)) if slots else None
+            held = _weights(frames, frame.fqn, experts)
+            self._routers[key] = _Router(Choices(frame.fqn, experts, self._chosen_among(held))) if held else None
         router = self._routers[key]
         if router is None:
             return
@@ -70,6 +73,17 @@ class Seen:
             self._maxima[frame.fqn] = _Maximum(router, chosen, scores.numel() // experts)
         else:
             router.note(chosen, scores.numel() // experts)
+
+    def _chosen_among(self, held: list[_Held]) -> tuple[Mapping[str, int], ...]:
+        """Those that a choice may be about: others are as many by chance, as the layers below a classifier are.
+
+        They are multiplied after it, and where there are several kinds, they are named experts.
+        """
+        before = {name for row in self._counted.values() for name in row.parameter.split(MERGED)}
+        held = [each for each in held if before.isdisjoint(each.slot)]
+        if len({each.owner for each in held}) > 1:
+            held = [each for each in held if "expert" in each.owner.lower()]
+        return tuple(each.slot for each in held)
 
     def _looked_up(self, frame: Frame, args: Any) -> None:
         last = self._maxima.get(frame.fqn)
@@ -83,6 +97,13 @@ class Seen:
         """One row a router, in the order in which they ran."""
         with aside():
             return tuple(router.row() for router in self._routers.values() if router is not None and router.calls)
+
+
+class _Held(NamedTuple):
+    """Weights of as many parts as there are experts. owner: of their list or the stack's module, from the router's."""
+
+    owner: str
+    slot: Mapping[str, int]
 
 
 class _Maximum(NamedTuple):
@@ -124,7 +145,7 @@ class _Router:
         )
 
 
-def _weights(frames: Mapping[str, Frame], fqn: str, experts: int) -> tuple[Mapping[str, int], ...]:
+def _weights(frames: Mapping[str, Frame], fqn: str, experts: int) -> list[_Held]:
     """Names and elements of the weights of so many experts that the module, or the one around it, holds.
 
     They are modules of a list, or slices of a parameter; a mapping for each part of an expert.
@@ -132,10 +153,12 @@ def _weights(frames: Mapping[str, Frame], fqn: str, experts: int) -> tuple[Mappi
     for name in (fqn, fqn.rpartition(".")[0]):
         module = _module(frames, name)
         parts = () if module is None else _within(module, name, _DEPTH)
-        found = [slot for fqn_of, part in parts for slot in _held(part, fqn_of, experts)]
+        found = [
+            _Held(owner[len(name) :], slot) for fqn_of, part in parts for owner, slot in _held(part, fqn_of, experts)
+        ]
         if found:
-            return tuple(found)
-    return ()
+            return found
+    return []
 
 
 def _module(frames: Mapping[str, Frame], fqn: str) -> nn.Module | None:
@@ -158,7 +181,7 @@ def _within(module: nn.Module, fqn: str, depth: int) -> Iterator[tuple[str, nn.M
             yield from _within(child, f"{fqn}.{name}" if fqn else name, depth - 1)
 
 
-def _held(module: nn.Module, fqn: str, experts: int) -> Iterator[dict[str, int]]:
+def _held(module: nn.Module, fqn: str, experts: int) -> Iterator[tuple[str, dict[str, int]]]:
     prefix = f"{fqn}." if fqn else ""
     for key, child in module.named_children():
         if isinstance(child, nn.ModuleList | nn.ModuleDict):
@@ -168,10 +191,11 @@ def _held(module: nn.Module, fqn: str, experts: int) -> Iterator[dict[str, int]]
             for number, expert in alike:
                 for name, parameter in expert.named_parameters():
                     parts.setdefault(name, {})[f"{prefix}{key}.{number}.{name}"] = parameter.numel()
-            yield from parts.values() if parts or not alike else [{}]
+            for slot in parts.values() if parts or not alike else [{}]:
+                yield prefix + key, slot
     for key, stack in module._parameters.items():
         if stack is not None and stack.dim() >= 3 and stack.shape[0] == experts:
-            yield {f"{prefix}{key}": stack.numel()}
+            yield fqn, {f"{prefix}{key}": stack.numel()}
 
 
 # --- what is told ---------------------------------------------------------------------------------

@@ -56,7 +56,7 @@ class Tally:
         self.uncounted: dict[tuple[str, Frame, Phase, Any, str], int] = {}
         self.assumptions: dict[str, None] = {}
         self.device: str | None = None
-        self.routing = Seen()
+        self.routing = Seen(self.counted)
         self._parameters: tuple[ParameterRow, ...] = ()
         self._packed = 0  # elements of packed weights, which are no Parameters
         self._closed: list[Frame] | None = None  # in order and measured, since nothing runs any more
