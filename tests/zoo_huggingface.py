@@ -39,7 +39,7 @@ AUTO = {
     "ImageClassification": "AutoModelForImageClassification",
     "Model": "AutoModel",
 }
-LIMIT_S = 120  # of the processor's time
+LIMIT_S = 180  # of the processor's time
 REQUEST = Request(batch=1, image_size=None, inputs=(), device="meta", dtype=None, train=False, model_args={})
 
 SHORT = replace(REQUEST, seq=24, audio_seconds=1.0)
