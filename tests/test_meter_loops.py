@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import gc
 import itertools
 import pickle
 import threading
@@ -13,9 +14,10 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.autograd.variable import Variable
 from torch.utils.checkpoint import checkpoint
 
-from flopprof import Meter, count
+from flopprof import FlopCounter, Meter, count
 from flopprof.errors import UsageError
 from flopprof.meter import StepRecord
 
@@ -535,6 +537,48 @@ def test_another_thread_and_other_models_are_not_seen(model: Two) -> None:
         assert flops(meter) == [3 * TRAINED] * 3
         assert [r.calls for r in meter.records] == [1] * 3
     assert other is not None
+
+
+@pytest.mark.parametrize("order", ["meter outlives counter", "counter outlives meter"])
+def test_a_meter_and_a_counter_end_in_any_order(model: Two, order: str) -> None:
+    engine = Variable._execution_engine
+    counter, meter = FlopCounter(), Meter(model)
+
+    def steps() -> None:
+        for _ in range(2):
+            with meter.step():
+                model(rows(3)).sum().backward()
+
+    with counter:
+        steps()
+        if order == "counter outlives meter":
+            meter.close()
+    if order == "meter outlives counter":
+        steps()
+        steps()
+        meter.close()
+    assert set(flops(meter)) == {3 * TRAINED}
+    assert counter.profile.model_flops == 2 * 3 * TRAINED
+    assert Variable._execution_engine is engine
+
+
+def test_meters_beside_each_other_of_which_one_is_dropped(model: Two) -> None:
+    engine, other = Variable._execution_engine, Two()
+    first, second = Meter(model), Meter(other)
+    for _ in range(3):
+        with first.step(), second.step():
+            (model(rows(3)).sum() + other(rows(2)).sum()).backward()
+    del first
+    gc.collect()
+    for _ in range(2):
+        model(rows(3)).sum().backward()
+        with second.step():
+            other(rows(2)).sum().backward()
+    assert not model._forward_pre_hooks
+    assert set(flops(second)[3:]) == {2 * TRAINED}
+    del second
+    gc.collect()
+    assert Variable._execution_engine is engine
 
 
 # --- lengths --------------------------------------------------------------------------------------------------------

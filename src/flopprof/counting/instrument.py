@@ -67,14 +67,29 @@ def _module_call(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
     return output
 
 
-class _Engine:
-    """The autograd engine, telling open counters of each backward pass and whether it builds a graph."""
+class StandIn:
+    """Stands in for the autograd engine, or for another stand-in; those may leave in another order than they came."""
 
-    def __init__(self, engine: Any) -> None:
-        self._engine = engine
+    def __init__(self) -> None:
+        self.engine: Any = Variable._execution_engine
+        Variable._execution_engine = self  # type: ignore[assignment]  # stands in for it
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._engine, name)
+        return getattr(self.engine, name)
+
+    def leave(self) -> None:
+        """Stand in no longer."""
+        outer: Any = Variable._execution_engine
+        if outer is self:
+            Variable._execution_engine = self.engine
+        while isinstance(outer, StandIn):
+            if outer.engine is self:
+                outer.engine = self.engine
+            outer = outer.engine
+
+
+class _Engine(StandIn):
+    """Tells open counters of each backward pass and whether it builds a graph."""
 
     def run_backward(self, *args: Any, **kwargs: Any) -> Any:
         retain_graph = args[2] if len(args) > 2 else kwargs.get("keep_graph", False)
@@ -88,7 +103,7 @@ class _Engine:
         if elsewhere:
             torch._C._set_multithreading_enabled(False)
         try:
-            return self._engine.run_backward(*args, **kwargs)
+            return self.engine.run_backward(*args, **kwargs)
         finally:
             if elsewhere:
                 torch._C._set_multithreading_enabled(True)
@@ -264,7 +279,7 @@ class _Installed:
             change.install()
         self._replace(torch.autograd.Function, "apply", classmethod(_function_apply))
         self._replace(torch.nn.functional, "scaled_dot_product_attention", _attend)
-        self._replace(Variable, "_execution_engine", _Engine(Variable._execution_engine))
+        self._undo.append(_Engine().leave)
         region = getattr(torch.utils.checkpoint, "_checkpoint_hook", None)
         if region is not None:
             self._replace(region, "__init__", _remember_region(region))

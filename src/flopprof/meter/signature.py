@@ -19,7 +19,8 @@ Structure = tuple[Any, ...]  # nested tuples of hashable things
 _Tensor, _Parameter = torch.Tensor, torch.nn.Parameter
 _PLAIN = (bool, type(None), torch.dtype, torch.device, torch.memory_format)
 _autocast = torch.is_autocast_enabled
-_any_autocast = torch._C._is_any_autocast_enabled  # of any device: quicker to ask than one
+_any_autocast = torch._C._is_any_autocast_enabled  # of many devices: quicker to ask than one
+_AMONG_THEM = ("cpu", "cuda")
 _autocast_dtype = torch.get_autocast_dtype
 _wants = attrgetter("requires_grad")
 # The list of a model's parameters is made anew after so many of its calls.
@@ -68,7 +69,7 @@ def uses_flash(module: torch.nn.Module) -> bool | None:
 class Root:
     """A model, and what of it is part of every call's structure."""
 
-    __slots__ = ("_calls", "device", "flags", "flash", "module", "number", "parameters", "trained")
+    __slots__ = ("_apart", "_calls", "_casts", "device", "flags", "flash", "module", "number", "parameters", "trained")
 
     def __init__(self, module: torch.nn.Module) -> None:
         self.module = module
@@ -84,10 +85,12 @@ class Root:
         tensor = next(iter(self.parameters), None)
         self.flash = uses_flash(self.module)
         self.device = "cpu" if tensor is None else tensor.device.type
+        self._casts = torch.amp.is_autocast_available(self.device)
+        self._apart = self._casts and self.device not in _AMONG_THEM
 
     def cast(self) -> torch.dtype | None:
         """What autocast computes in here; None where it is off."""
-        return _autocast_dtype(self.device) if _any_autocast() and _autocast(self.device) else None
+        return _autocast_dtype(self.device) if self._casts and _autocast(self.device) else None
 
     def weight(self) -> torch.dtype | None:
         """Of the first parameter."""
@@ -117,7 +120,7 @@ class Root:
             index,
             training,
             self.wanted() if grad else 0,
-            self.cast() if _any_autocast() else None,
+            self.cast() if self._apart or _any_autocast() else None,
             parameters[0].dtype if parameters else None,
         ]
         add = parts.append

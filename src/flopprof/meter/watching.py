@@ -17,10 +17,10 @@ from typing import Any, Protocol
 
 import torch
 from torch._C._dynamo import eval_frame as _eval_frame
-from torch.autograd.variable import Variable
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from flopprof.counting.imports import WhenImported
+from flopprof.counting.instrument import StandIn
 
 _node = torch._C._current_autograd_node
 _thread = threading.get_ident
@@ -83,15 +83,8 @@ _SKIP = _eval_frame._FrameExecStrategy(_eval_frame._FrameAction.SKIP, _eval_fram
 _eval_frame.set_code_exec_strategy(Before.__call__.__code__, _SKIP)
 
 
-class _Engine:
+class _Engine(StandIn):
     """The autograd engine, telling of each backward pass that is started from outside one."""
-
-    def __init__(self, engine: Any) -> None:
-        self._engine = engine
-        self._run = engine.run_backward
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._engine, name)
 
     def run_backward(self, tensors: Any, *args: Any, **kwargs: Any) -> Any:
         for reference in _listeners:
@@ -101,7 +94,7 @@ class _Engine:
                 event = "backward", len(tensors), args[1:3], len(args) > 3 and len(args[3] or ())
                 if listener.known(event) is None:
                     listener.differentiated(event)
-        return self._run(tensors, *args, **kwargs)
+        return self.engine.run_backward(tensors, *args, **kwargs)
 
 
 def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
@@ -132,7 +125,7 @@ class _Instruments:
     """What is put in place process-wide, counted: the first meter puts it there, the last one takes it away."""
 
     def __init__(self) -> None:
-        self._lock = threading.RLock()
+        self.lock = threading.RLock()
         self._users = 0
         self._closures = False
         self._handles: list[Any] = []
@@ -141,11 +134,10 @@ class _Instruments:
         self._compiler = WhenImported("torch._dynamo.callback", self._listen)
 
     def acquire(self) -> None:
-        with self._lock:
+        with self.lock:
             self._users += 1
             if self._users == 1:
-                self._engine = _Engine(Variable._execution_engine)
-                Variable._execution_engine = self._engine  # type: ignore[assignment]  # stands in for it
+                self._engine = _Engine()
                 self._handles = [register_optimizer_step_pre_hook(_before_step)]
                 self._closures = False
                 self._compiler.install()
@@ -157,12 +149,10 @@ class _Instruments:
             self._handles.append(register_optimizer_step_post_hook(_after_step))
 
     def release(self) -> None:
-        with self._lock:
+        with self.lock:
             self._users -= 1
             if self._users == 0 and self._engine is not None:
-                current: Any = Variable._execution_engine
-                if current is self._engine:  # else a counter that is open puts it back
-                    Variable._execution_engine = self._engine._engine
+                self._engine.leave()
                 self._engine = None
                 while self._handles:
                     self._handles.pop().remove()
@@ -214,13 +204,15 @@ class Watch:
 def _listen(listener: Listener) -> weakref.ref[Listener]:
     global _listeners  # noqa: PLW0603 - read at every event of every step
     reference = weakref.ref(listener)
-    _listeners = (*_listeners, reference)
+    with instruments.lock:  # else one that ends in another thread meanwhile would take this one away
+        _listeners = (*_listeners, reference)
     return reference
 
 
 def _end(reference: weakref.ref[Listener]) -> None:
     global _listeners  # noqa: PLW0603
-    _listeners = tuple(other for other in _listeners if other is not reference)
+    with instruments.lock:
+        _listeners = tuple(other for other in _listeners if other is not reference and other() is not None)
     instruments.release()
 
 
