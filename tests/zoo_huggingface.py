@@ -262,7 +262,7 @@ def limited(seconds: int) -> Iterator[None]:
         raise Late
 
     before = signal.signal(signal.SIGPROF, late)
-    signal.setitimer(signal.ITIMER_PROF, seconds)
+    signal.setitimer(signal.ITIMER_PROF, seconds, 1)  # again each second: one in a finaliser is lost
     try:
         yield
     finally:
