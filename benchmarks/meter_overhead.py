@@ -2,10 +2,11 @@
 
     python benchmarks/meter_overhead.py [--rounds 60] [--seed 0] [--compile inductor]
 
-Variants run interleaved in one process, in random order each round. Each round gives a ratio of medians to the bare
-steps of the same round; the median of these ratios is printed, and the middle half of them. Goal: metered
-at most 1.005x of bare for steps of 5 ms and more, 1.02x for 0.5 ms, 1.01x for a compiled model, which is not compiled
-again.
+All run interleaved in one process, in random order each round. The Meter, and the empty hooks that no meter can do
+without, are on one of two copies of the model; steps of the two take turns, and their median difference is told.
+The others take blocks of steps to themselves. Each round gives a ratio to the bare steps of the same round; the median
+is printed, and the middle half. Goal: metered at most 1.005x of bare for steps of 5 ms and more, 1.02x for 0.5 ms,
+1.01x for a compiled model, which is not compiled again.
 """
 
 from __future__ import annotations
@@ -17,11 +18,16 @@ import statistics
 import sys
 import time
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterator
+from copy import deepcopy
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.autograd.variable import Variable
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -37,6 +43,47 @@ Variant = Callable[[], contextlib.AbstractContextManager[Step]]
 def bare(step: Step) -> Variant:
     """The step as it is."""
     return lambda: contextlib.nullcontext(step)
+
+
+class _Forwarding:
+    """The autograd engine, called through Python."""
+
+    def __init__(self, engine: Any) -> None:
+        self._engine = engine
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine, name)
+
+    def run_backward(self, *args: Any, **kwargs: Any) -> Any:
+        return self._engine.run_backward(*args, **kwargs)
+
+
+def empty_hooks(step: Step, model: torch.nn.Module) -> Variant:
+    """What sees calls, backward passes, optimizer steps and the time, and does nothing: the least any meter costs."""
+
+    @contextlib.contextmanager
+    def variant() -> Iterator[Step]:
+        engine: Any = Variable._execution_engine
+        handles = [
+            model.register_forward_pre_hook(lambda *_: None, with_kwargs=True),
+            register_optimizer_step_pre_hook(lambda *_: None),
+        ]
+        Variable._execution_engine = _Forwarding(engine)  # type: ignore[assignment]  # stands in for it
+
+        def timed() -> None:
+            start = time.perf_counter()
+            step()
+            seconds.append(time.perf_counter() - start)
+
+        seconds: deque[float] = deque(maxlen=1)
+        try:
+            yield timed
+        finally:
+            Variable._execution_engine = engine
+            for handle in handles:
+                handle.remove()
+
+    return variant
 
 
 def metered(step: Step, model: torch.nn.Module) -> Variant:
@@ -95,8 +142,6 @@ def with_lightning(step: Step, model: torch.nn.Module, batch: torch.Tensor) -> V
         from lightning.fabric.utilities.throughput import Throughput, measure_flops
     except ImportError:
         return None
-    from copy import deepcopy
-
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         meta, fake = deepcopy(model).to("meta"), batch.to("meta")
@@ -122,14 +167,27 @@ def with_lightning(step: Step, model: torch.nn.Module, batch: torch.Tensor) -> V
 Times = dict[str, list[tuple[float, float]]]
 
 
-def measure(variants: dict[str, Variant], rounds: int, steps: int, rare: set[str]) -> Times:
-    """Per variant and round, median seconds of a step, and of a bare one; `rare` variants run in every fourth round."""
-    times: Times = {name: [] for name in variants}
+@dataclass(frozen=True, kw_only=True)
+class Variants:
+    """pairs: beside `bare`, which is of the other copy, step by step; blocks: in every fourth round."""
+
+    bare: Step
+    pairs: dict[str, Variant]
+    blocks: dict[str, Variant]
+
+
+def measure(variants: Variants, rounds: int, steps: int) -> Times:
+    """Per variant and round, median seconds of a step, and of a bare one."""
+    times: Times = {"bare": [], **{name: [] for name in (*variants.pairs, *variants.blocks)}}
     for i in range(rounds):
         medians: dict[str, float] = {}
-        names = [name for name in variants if name not in rare or i % 4 == 0]
+        for name in random.sample([*variants.pairs], len(variants.pairs)):
+            with variants.pairs[name]() as step:
+                times[name].append(paired(step, variants.bare, steps))
+        names = ["bare", *variants.blocks] if i % 4 == 0 else ["bare"]
+        blocks = {"bare": bare(variants.bare), **variants.blocks}
         for name in random.sample(names, len(names)):
-            with variants[name]() as step:
+            with blocks[name]() as step:
                 for _ in range(3):
                     step()
                 each = []
@@ -141,6 +199,25 @@ def measure(variants: dict[str, Variant], rounds: int, steps: int, rare: set[str
         for name, seconds in medians.items():
             times[name].append((seconds, medians["bare"]))
     return times
+
+
+def paired(step: Step, other: Step, steps: int) -> tuple[float, float]:
+    """Median seconds of the other step and the median difference to it; and of the other alone."""
+    for _ in range(3):
+        step()
+        other()
+    differences, others = [], []
+    for i in range(steps):
+        order = (step, other) if i % 2 else (other, step)
+        marks = [time.perf_counter()]
+        for each in order:
+            each()
+            marks.append(time.perf_counter())
+        first, second = marks[1] - marks[0], marks[2] - marks[1]
+        differences.append(first - second if i % 2 else second - first)
+        others.append(second if i % 2 else first)
+    seconds = statistics.median(others)
+    return seconds + statistics.median(differences), seconds
 
 
 def report(name: str, times: Times) -> None:
@@ -162,7 +239,7 @@ def perceptron() -> torch.nn.Module:
 
 
 def main() -> None:
-    """Print the ratios for steps of about 0.5 ms and 5 ms and more, and for a compiled model."""
+    """Print the ratios for steps of about 0.5 ms, 5 ms and more, and for a compiled model."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=60, help="rounds per table (default 60)")
     parser.add_argument("--seed", type=int, default=0, help="order of the variants (default 0)")
@@ -174,15 +251,20 @@ def main() -> None:
     for name, model, batch, steps in (
         ("perceptron, 96 rows", perceptron(), torch.randn(96, 256), 40),
         ("transformer d_model 64, 4 x 48 tokens", Transformer(), torch.randint(0, 256, (4, 48)), 12),
+        ("transformer d_model 64, 32 x 64 tokens", Transformer(), torch.randint(0, 256, (32, 64)), 6),
     ):
         step = training_step(model, batch)
-        variants = {"bare": bare(step), "Meter": metered(step, model), "FlopCounterMode left on": with_mode(step)}
+        blocks = {"FlopCounterMode left on": with_mode(step)}
         lightning = with_lightning(step, model, batch)
         if lightning is not None:
-            variants["Lightning's Throughput"] = lightning
-        variants["torch.profiler(with_flops)"] = with_profiler(step)
-        rare = set(variants) - {"bare", "Meter"}
-        report(f"{name}: training step", measure(variants, options.rounds, steps, rare))
+            blocks["Lightning's Throughput"] = lightning
+        blocks["torch.profiler(with_flops)"] = with_profiler(step)
+        variants = Variants(
+            bare=training_step(deepcopy(model), batch),
+            pairs={"empty hooks": empty_hooks(step, model), "Meter": metered(step, model)},
+            blocks=blocks,
+        )
+        report(f"{name}: training step", measure(variants, options.rounds, steps))
     if options.compile:
         compiled(options)
 
@@ -191,15 +273,16 @@ def compiled(options: argparse.Namespace) -> None:
     """A compiled model, and how often it was compiled."""
     from torch._dynamo.utils import counters
 
-    model = Transformer()
-    call = torch.compile(model, backend=options.compile)
+    model, other = Transformer(), Transformer()
     batch = torch.randint(0, 256, (4, 48))
-    step = training_step(call, batch)
+    step = training_step(torch.compile(model, backend=options.compile), batch)
+    bare_step = training_step(torch.compile(other, backend=options.compile), batch)
     for _ in range(3):
         step()
+        bare_step()
     graphs = counters["stats"]["unique_graphs"]
-    variants = {"bare": bare(step), "Meter": metered(step, model)}
-    report(f"the transformer compiled ({options.compile}): training step", measure(variants, options.rounds, 12, set()))
+    variants = Variants(bare=bare_step, pairs={"Meter": metered(step, model)}, blocks={})
+    report(f"the transformer compiled ({options.compile}): training step", measure(variants, options.rounds, 12))
     print(f"  compiled again while metered: {counters['stats']['unique_graphs'] - graphs} graphs")
 
 
