@@ -315,6 +315,14 @@ def test_a_lengthened_cache_is_that_of_the_whole_prompt(made: Any, kind: str, mo
     assert (found.flops, found.traffic) == (whole.flops, whole.traffic)
 
 
+@pytest.mark.parametrize("prompt", [30, 60])
+def test_a_recurrent_prefill_reads_each_weight_once(made: Any, prompt: int) -> None:
+    """Also where short prompts tell what a long one reads; the head is the embedding, which is looked up besides."""
+    found = inference(made(*TINY["mamba"]), mode="prefill", prompt=prompt)
+    rows = prompt * TINY["mamba"][2]["hidden_size"] * BYTES
+    assert found.bytes_moved == found.weight_bytes + rows + found.cache.bytes
+
+
 # --- encoder-decoders -------------------------------------------------------------------------------
 def test_an_encoder_decoder_keeps_both_caches(made: Any) -> None:
     target = made("t5", "T5ForConditionalGeneration", **PAIR)

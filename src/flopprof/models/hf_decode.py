@@ -22,7 +22,7 @@ from flopprof.errors import FlopprofError, ModelFailed, UsageError
 from flopprof.models.hf_config import load_transformers
 from flopprof.models.hf_inputs import make_inputs
 from flopprof.models.hf_maker import Maker, ids, reach
-from flopprof.models.hf_reads import Read, Reads
+from flopprof.models.hf_reads import Read
 from flopprof.models.hf_steps import Memo, Session, Step, codes_of
 from flopprof.models.inputs import first_line
 from flopprof.models.request import Request
@@ -96,9 +96,6 @@ class Generator:
     # --- what is run --------------------------------------------------------------------------------
     def prompt(self, batch: int, length: int, source: int | None = None) -> Mapping[str, Any]:
         """Arguments of a prefill: `length` tokens of text; of an encoder-decoder the decoder's, and `source` tokens."""
-        ready, self.memo.ready = self.memo.ready, None
-        if ready is not None:
-            return ready
         wanted = replace(self.request, batch=batch, seq=source if self.paired else length)
         kwargs = dict(make_inputs(self.workload.model, wanted, self.workload.device).kwargs)
         if self.paired:
@@ -120,15 +117,7 @@ class Generator:
 
     def read(self, length: int, source: int | None = None) -> Mapping[str, Read]:
         """What the prefill of one sequence reads of the model's own tensors. Raises ModelFailed, UsageError."""
-
-        def look(session: Session) -> Mapping[str, Read]:
-            told = self.memo.told
-            self.memo.ready = self.prompt(1, length, source)  # what makes it may look at the model too
-            with Reads(self.workload.model) as reads:
-                session.at(1, length, source)
-            return dict(reads.reads) if self.memo.told == told else look(session)
-
-        return self._attempt(look)
+        return self._attempt(lambda session: session.read(length, source))
 
     def steps(self, batch: int, contexts: Sequence[int], source: int | None = None) -> list[Step]:
         """A single token after each of these contexts, ascending. Raises ModelFailed, UsageError.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import Any
 
@@ -158,6 +158,19 @@ def weights(one: Mapping[str, Read], many: Mapping[str, Read], shapes: Mapping[s
     steady = frozenset(name for name, read in rest.items() if name in many and many[name].rows == read.rows > 0)
     stacks = frozenset(name for share in shares for name in share.names)
     return Weights(*plain(one, stacks, steady), shares, steady)
+
+
+def lengthened(least: Mapping[str, Read], more: Mapping[str, Read], steps: Fraction) -> dict[str, Read]:
+    """Reads of a longer text: what a text read more than a shorter one is read `steps` times again."""
+
+    def longer(few: int, some: int) -> int:
+        return int(some + (some - few) * steps)
+
+    pairs = ((name, least.get(name, read), read) for name, read in more.items())
+    return {
+        name: replace(read, whole=longer(before.whole, read.whole), rows=longer(before.rows, read.rows))
+        for name, before, read in pairs
+    }
 
 
 def plain(reads: Mapping[str, Read], stacks: Collection[str], steady: Collection[str]) -> tuple[int, int]:

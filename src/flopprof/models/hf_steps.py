@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
+from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,7 +28,7 @@ from flopprof.models.hf_cache import (
     recurrent,
 )
 from flopprof.models.hf_config import load_transformers
-from flopprof.models.hf_reads import Read, Reads
+from flopprof.models.hf_reads import Read, Reads, lengthened
 from flopprof.profile import Profile
 
 if TYPE_CHECKING:
@@ -62,8 +63,7 @@ class Memo:
     """What was found out about a model, so that it need not be again.
 
     whole: prompts run whole. given: it must be given an empty cache. prepared: calls as generate() prepares them.
-    ready: the next prompt, where it is made already. told: it keeps a cache only where a call says so too, and not the
-    config alone.
+    told: it keeps a cache only where a call says so too, and not the config alone.
     part: the part of it that makes the tokens after a prompt, where its generate() hands over to one. codes: sizes of
     what stands at each place of a text: none for a word, as many as there are codebooks for sound.
     """
@@ -72,7 +72,6 @@ class Memo:
     given: bool = False
     prepared: bool = False
     told: bool = False
-    ready: Mapping[str, Any] | None = None
     part: str = ""
     codes: tuple[int, ...] = ()
 
@@ -105,7 +104,7 @@ class Session:
         The proof that it is the same: of two short prompts, one lengthened is the other, tensor by tensor.
         """
         least, more = _SHORT
-        if context <= more or self._made.paired or self._memo.whole or not self._made.text_alone or not self._recurs():
+        if self._runs_whole(context):
             return self._fill(batch, context, source)
         short = self._fill(batch, least, source)
         if known(short.cache) and recurrent(short.cache):
@@ -118,8 +117,27 @@ class Session:
         self._memo.whole = True
         return self._fill(batch, context, source)
 
-    def _fill(self, batch: int, length: int, source: int | None) -> _Full:
-        """After a prefill that is not counted. Raises UsageError where the model keeps nothing."""
+    def _runs_whole(self, context: int) -> bool:
+        made = self._made
+        return context <= _SHORT[1] or made.paired or self._memo.whole or not made.text_alone or not self._recurs()
+
+    def read(self, length: int, source: int | None) -> Mapping[str, Read]:
+        """What the prefill of one sequence reads of the model's own tensors."""
+        if not self._runs_whole(length) and not self.at(1, length, source).whole:
+            least, more = (self._read(short, source) for short in _SHORT)
+            return lengthened(least, more, Fraction(length - _SHORT[1], _SHORT[1] - _SHORT[0]))
+        return self._read(length, source)
+
+    def _read(self, length: int, source: int | None) -> Mapping[str, Read]:
+        before, reads = replace(self._memo), Reads(self._model)
+        self._fill(1, length, source, reads)
+        # what was found out only now took a second forward
+        return reads.reads if replace(self._memo, codes=before.codes) == before else self._read(length, source)
+
+    def _fill(
+        self, batch: int, length: int, source: int | None, watch: AbstractContextManager[Any] | None = None
+    ) -> _Full:
+        """After a prefill that is not counted, `watch` open around it. Raises UsageError where nothing is kept."""
         kwargs = dict(self._made.prompt(batch, length, source))
         self._memo.codes = codes_of(kwargs.get(self._ids))
         kwargs = moved(kwargs) if self._made.workload.device == "meta" else kwargs
@@ -127,12 +145,13 @@ class Session:
         encoder = self._model.get_encoder() if self._made.paired else None
         hook = None if encoder is None else encoder.register_forward_hook(lambda *call: encoded.append(call[-1]))
         try:
-            found = None if self._memo.given else cache_in(self._model(**kwargs))
+            with watch or nullcontext():
+                found = None if self._memo.given else cache_in(self._model(**kwargs))
+                if found is None and "past_key_values" in self._made.taken and not self._made.paired:
+                    found = self._given(kwargs)
             if found is None and self._made.paired and not self._memo.told and "use_cache" in self._made.taken:
                 self._memo.told = True
                 return self._fill(batch, length, source)
-            if found is None and "past_key_values" in self._made.taken and not self._made.paired:
-                found = self._given(kwargs)
         finally:
             if hook is not None:
                 hook.remove()
