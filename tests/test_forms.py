@@ -138,7 +138,7 @@ def forms_by_hand(**changes: object) -> Forms:
     )
     module = ModuleRow(fqn="fc", cls="Linear", calls=one, output_shape=(batch, five))
     extra = ElementwiseRow(op="aten::add", fqn="fc", phase="forward", calls=one, flops=tokens)
-    made = Forms.summed(("batch", "seq"), (), pool, ((module,), (row, other), (extra,), ()))
+    made = Forms.summed(("batch", "seq"), (), pool, ((module,), (row, other), (extra,), (), ()))
     return msgspec.structs.replace(made, **changes)
 
 
@@ -191,7 +191,7 @@ def test_rows_that_only_the_sizes_told_apart_are_one() -> None:
             flops=flops, flops_full=flops, flops_causal=flops, bytes=0,
         )  # fmt: skip
 
-    profile = Profile(forms=Forms.summed(("batch", "seq"), (), pool, ((), (row(3, 5), row(4, 6)), (), ())))
+    profile = Profile(forms=Forms.summed(("batch", "seq"), (), pool, ((), (row(3, 5), row(4, 6)), (), (), ())))
     assert len(profile.at(batch=2, seq=3).operators) == 2
     (merged,) = profile.at(batch=4, seq=4).operators
     assert (merged.calls, merged.flops, merged.shapes) == (2, 240, ((4, 3), (3, 5)))
@@ -221,9 +221,9 @@ def test_a_condition_is_printed_behind_the_form() -> None:
 
 def test_sizes_of_one_may_have_forms_of_their_own() -> None:
     row = ElementwiseRow(op="aten::sum", fqn="", phase="backward", calls=0, flops=1)
-    alone = Forms.summed(("seq",), (), (), ((), (), (), ()))
+    alone = Forms.summed(("seq",), (), (), ((), (), (), (), ()))
     b, s = Form.of("batch"), Form.of("seq")
-    forms = Forms.summed(("batch", "seq"), (Condition(b, ">=", 2),), (Form.of(1), b * s), ((), (), (row,), ()))
+    forms = Forms.summed(("batch", "seq"), (Condition(b, ">=", 2),), (Form.of(1), b * s), ((), (), (row,), (), ()))
     with pytest.raises(UsageError, match="batch >= 2"):
         Profile(forms=forms).at(batch=1, seq=3)
     profile = Profile(forms=msgspec.structs.replace(forms, at_one=(("batch", alone),)))

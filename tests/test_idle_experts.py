@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from typer.testing import CliRunner
 
-from flopprof import FlopCounter, Profile, count, load
+from flopprof import FlopCounter, Profile, count, load, trace
 from flopprof.cli.main import app
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # what other libraries warn of is theirs
@@ -109,6 +109,18 @@ def test_where_only_chosen_experts_run_nothing_is_told(how: str) -> None:
         assert profile.experts == ()
         assert profile.active_flops == profile.model_flops
     assert count(net.to("meta"), x.to("meta")).experts == ()
+
+
+@pytest.mark.parametrize("kind", [Listed, Stacked])
+def test_at_other_sizes_the_chosen_ones_take_what_a_count_says(kind: Any) -> None:
+    net = kind()
+    profile = trace(net, torch.zeros(TOKENS, D), backward=True, dynamic={"tokens": (0, 0)})
+    for other in (5, 40):
+        counted = count(net, torch.zeros(other, D, device="cpu"), backward=True)
+        found = profile.at(tokens=other)
+        assert found.model_flops == counted.model_flops == profile.model_flops * other // TOKENS
+        assert found.active_flops == counted.active_flops == profile.active_flops * other // TOKENS
+        assert Profile.from_json(found.to_json()).experts == counted.experts
 
 
 @pytest.mark.parametrize("kind", ["topk", "max", "best of all"])

@@ -103,7 +103,10 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
     @property
     def active_flops(self) -> int:
-        """model_flops without the experts that no token chose; the same where only chosen ones were multiplied."""
+        """model_flops without the experts that no token chose; the same where only chosen ones were multiplied.
+
+        A graph of torch.export shows no choice: a profile that was traced from one has the same number, too.
+        """
         return self.model_flops - sum(row.flops - row.active_flops for row in self.experts)
 
     @property
@@ -247,7 +250,7 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         """
         forms = self._forms()
         rows = forms.rows(forms.checked(sizes), self.attention == "causal")
-        names = ("modules", "operators", "elementwise", "uncounted_rows")
+        names = ("modules", "operators", "elementwise", "uncounted_rows", "experts")
         return msgspec.structs.replace(
             self, forms=None, tokens=None, samples=None, **dict(zip(names, rows, strict=True))
         )

@@ -10,7 +10,7 @@ import msgspec
 
 from flopprof.errors import NoForm, UsageError
 from flopprof.forms import Condition, Form
-from flopprof.rows import PHASES, ElementwiseRow, ModuleRow, OperatorRow, UncountedRow
+from flopprof.rows import PHASES, ElementwiseRow, ExpertsRow, ModuleRow, OperatorRow, UncountedRow
 
 T_co = TypeVar("T_co", covariant=True)
 
@@ -44,6 +44,7 @@ class Forms(msgspec.Struct, frozen=True, kw_only=True):
     operators: tuple[OperatorRow, ...] = ()
     elementwise: tuple[ElementwiseRow, ...] = ()
     uncounted_rows: tuple[UncountedRow, ...] = ()
+    experts: tuple[ExpertsRow, ...] = ()
     at_one: tuple[tuple[str, Forms], ...] = ()
 
     def __post_init__(self) -> None:
@@ -52,7 +53,7 @@ class Forms(msgspec.Struct, frozen=True, kw_only=True):
         for form in (*self.forms, *parts, *self._totals().values(), *self._totals(causal=True).values()):
             if not form.symbols() <= known:
                 raise ValueError(f"a form speaks of {sorted(form.symbols() - known)}, which are no symbols of it")
-        for rows in (self.modules, self.operators, self.elementwise, self.uncounted_rows):
+        for rows in (self.modules, self.operators, self.elementwise, self.uncounted_rows, self.experts):
             for position in integers(rows):
                 if not 0 <= position < len(self.forms):
                     raise ValueError(f"a row speaks of form {position} of {len(self.forms)}")
@@ -63,10 +64,10 @@ class Forms(msgspec.Struct, frozen=True, kw_only=True):
         symbols: tuple[str, ...],
         conditions: tuple[Condition, ...],
         forms: tuple[Form, ...],
-        rows: tuple[Any, Any, Any, Any],
+        rows: tuple[Any, Any, Any, Any, Any],
     ) -> Forms:
-        """The forms of these rows (modules, operators, elementwise, uncounted), totals added up."""
-        modules, operators, elementwise, uncounted = rows
+        """The forms of these rows (modules, operators, elementwise, uncounted, experts), totals added up."""
+        modules, operators, elementwise, uncounted, experts = rows
         total = partial(_total, forms)
         phases = {phase: [row for row in operators if row.phase == phase] for phase in PHASES}
         return cls(
@@ -81,6 +82,7 @@ class Forms(msgspec.Struct, frozen=True, kw_only=True):
             operators=operators,
             elementwise=elementwise,
             uncounted_rows=uncounted,
+            experts=experts,
         )
 
     def total(self, positions: Iterable[int]) -> Form:
@@ -142,8 +144,8 @@ class Forms(msgspec.Struct, frozen=True, kw_only=True):
                 return forms._narrowed({other: size for other, size in sizes.items() if other != name})
         return self, sizes
 
-    def rows(self, sizes: Mapping[str, int], causal: bool) -> tuple[Any, Any, Any, Any]:
-        """Modules, operators, elementwise and uncounted rows at these sizes, made when they are first read."""
+    def rows(self, sizes: Mapping[str, int], causal: bool) -> tuple[Any, Any, Any, Any, Any]:
+        """Modules, operators, elementwise, uncounted and experts' rows at these sizes, made when first read."""
         forms, sizes = self._narrowed(dict(sizes))
         values = _Values(forms.forms, sizes)
         sums = {name: form.at(sizes) for name, form in forms._totals(causal).items()}
@@ -152,6 +154,7 @@ class Forms(msgspec.Struct, frozen=True, kw_only=True):
             _deferred(forms.operators, values, causal, sums),
             _deferred(forms.elementwise, values, None, {"flops": sums["elementwise"]}),
             _deferred(forms.uncounted_rows, values, None, {}),
+            _deferred(forms.experts, values, None, {}),
         )
 
     def _totals(self, causal: bool = False) -> dict[str, Form]:
@@ -266,7 +269,7 @@ def _made(rows: tuple[Any, ...], values: _Values, causal: bool | None) -> tuple[
         made = replaced(row, values)
         if causal is not None:
             made = msgspec.structs.replace(made, flops=made.flops_causal if causal else made.flops_full)
-        if isinstance(row, ModuleRow):
+        if isinstance(row, ModuleRow | ExpertsRow):
             table[len(table)] = made
             continue
         nothing = dict.fromkeys(set(_ADDED) & set(row.__struct_fields__), 0)

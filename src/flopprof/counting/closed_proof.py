@@ -190,7 +190,7 @@ def _spread(sizes: Sequence[int], j: int) -> int:
     return sizes[j * len(sizes) // _JOINT % len(sizes)]
 
 
-def _without_masks(rows: tuple[Any, Any, Any, Any]) -> tuple[Any, ...]:
+def _without_masks(rows: tuple[Any, ...]) -> tuple[Any, ...]:
     operators = tuple(msgspec.structs.replace(row, mask_known=False) for row in rows[1])
     return rows[0], operators, *rows[2:]
 

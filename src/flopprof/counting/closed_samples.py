@@ -72,9 +72,15 @@ class Samples:
         return f"at {self.inputs.spell(sizes)} it raises {type(error).__name__}: {lines[0][:200]}"
 
 
-def rows_of(profile: Profile) -> tuple[Any, Any, Any, Any]:
+def rows_of(profile: Profile) -> tuple[Any, Any, Any, Any, Any]:
     """The rows of a profile, in the order in which forms hold them."""
-    return tuple(profile.modules), tuple(profile.operators), tuple(profile.elementwise), tuple(profile.uncounted_rows)
+    return (
+        tuple(profile.modules),
+        tuple(profile.operators),
+        tuple(profile.elementwise),
+        tuple(profile.uncounted_rows),
+        tuple(profile.experts),
+    )
 
 
 def taken_apart(profile: Profile) -> tuple[Hashable, tuple[int, ...]]:
@@ -83,8 +89,8 @@ def taken_apart(profile: Profile) -> tuple[Hashable, tuple[int, ...]]:
     return replaced(rows, lambda _: 0), tuple(integers(rows))
 
 
-def put_together(structure: Any, numbers: tuple[int, ...]) -> tuple[Any, Any, Any, Any]:
+def put_together(structure: Any, numbers: tuple[int, ...]) -> tuple[Any, Any, Any, Any, Any]:
     """The rows of this structure with these integers."""
     rest = iter(numbers)
-    rows: tuple[Any, Any, Any, Any] = replaced(structure, lambda _: next(rest))
+    rows: tuple[Any, Any, Any, Any, Any] = replaced(structure, lambda _: next(rest))
     return rows
