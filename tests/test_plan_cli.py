@@ -163,6 +163,14 @@ def test_meshes_that_cannot_be(arguments: list[str], said: str) -> None:
     assert said in result.stderr
 
 
+def test_sizes_beyond_every_float_are_refused(tmp_path: Path) -> None:
+    facts = {"model_type": "llama", "hidden_size": 10**400, "num_hidden_layers": 1, "num_attention_heads": 4}
+    (tmp_path / "config.json").write_text(json.dumps(facts | {"vocab_size": 9, "intermediate_size": 9}))
+    refused = run(str(tmp_path))
+    assert refused.exit_code == 2
+    assert "more than 1e+36 parameters or tokens" in " ".join(refused.stderr.split())
+
+
 def test_a_checkpoint_directory(tmp_path: Path) -> None:
     """Its own config.json says the sizes: a decoder of 2 layers, 2 x 4 d^2 of attention and 2 x 3 d f, two tables."""
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}

@@ -66,6 +66,13 @@ def test_parse_count_refuses(text: str) -> None:
         parse_count(text)
 
 
+@pytest.mark.parametrize("text", ["1e37", "1e400", "2e12Y", "9" * 5000])
+def test_counts_beyond_every_float_are_refused(text: str) -> None:
+    assert parse_count("1e36") == int(1e36)
+    with pytest.raises(UsageError, match="more than the 1e\\+36"):
+        parse_count(text)
+
+
 @pytest.mark.parametrize(
     ("value", "step", "text"),
     [

@@ -10,6 +10,7 @@ from flopprof.errors import UsageError
 
 _SI = ("", "k", "M", "G", "T", "P", "E", "Z", "Y")
 _SCALES = {"": 0, "k": 1, "K": 1, "M": 2, "B": 3, "G": 3, "T": 4, "P": 5, "E": 6, "Z": 7, "Y": 8}
+MOST = 1e36  # of a count that is given: what is made of several still fits a float
 _BINARY = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
 
 
@@ -90,9 +91,12 @@ def parse_count(text: str) -> int:
     if match is None:
         raise UsageError(f"cannot read {text!r} as a count: write it as 4.2G, 26M or 7e9.")
     number = match[1].replace(",", "").replace("_", "")
+    scaled = float(number) * float(1000 ** _SCALES[match[2]])
+    if scaled > MOST:
+        raise UsageError(f"{text[:40]!r} is more than the {MOST:g} that anything is counted to.")
     if "." not in number and "e" not in number.lower():
         return int(number) * int(1000 ** _SCALES[match[2]])
-    return round(float(number) * float(1000 ** _SCALES[match[2]]))
+    return round(scaled)
 
 
 def parse_share(text: str) -> Fraction:

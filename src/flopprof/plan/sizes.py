@@ -11,6 +11,7 @@ import msgspec
 
 from flopprof.analytic import TransformerShape
 from flopprof.errors import UsageError
+from flopprof.units import MOST
 
 _TEXT = ("decoder", "encoder", "encoder-decoder")
 _SEQ = 4096
@@ -59,6 +60,8 @@ def of_shape(shape: TransformerShape | Mapping[str, Any], seq: int | None, param
     if seq is not None and seq != shape.seq:
         shape = msgspec.structs.replace(shape, seq=seq)
     active, total = shape.n_params_active, shape.n_params
+    if max(total, shape.seq) > MOST:
+        raise UsageError(f"a model of these sizes has more than {MOST:g} parameters or tokens: give smaller ones.")
     if params is not None:
         active, total = active + params - total, params
     return Sizes(
