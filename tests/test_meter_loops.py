@@ -457,6 +457,17 @@ def _frozen(model: Two) -> Two:
     return other
 
 
+def test_a_head_that_is_replaced_is_another_signature(model: Two) -> None:
+    wide = 5
+    with Meter(model) as meter:
+        for new in (None, None, nn.Linear(HIDDEN, wide), None, None):
+            model.b = new or model.b
+            with meter.step():
+                model(rows(4)).sum().backward()
+        after = 4 * (2 * EACH + 3 * 2 * HIDDEN * wide)
+        assert flops(meter) == [4 * TRAINED] * 2 + [after] * 3
+
+
 def test_closures(model: Two) -> None:
     """LBFGS calls back as often as it likes: each evaluation is forward and backward."""
     optimizer = torch.optim.LBFGS(model.parameters(), max_iter=4, lr=0.01)

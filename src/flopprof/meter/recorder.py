@@ -75,6 +75,7 @@ class Recorder:
         self._between: list[tuple[Any, Any]] = []
         self._between_s = 0.0
         self._closures = False
+        self._rebuilt = 0
         self._unpadded = Unpadded()
         for model in models:
             self.add(model)
@@ -112,6 +113,10 @@ class Recorder:
         self.thread = _thread()
         if not self._watch.begun:
             self._watch.begin(self)
+        if self._rebuilt != instruments.rebuilt:
+            self._rebuilt = instruments.rebuilt
+            for root in self._roots:
+                root.refresh()
         if self._outside is not None:
             self._between.append((self._outside, self.timer.mark()))
             self._outside = None

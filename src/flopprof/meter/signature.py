@@ -14,6 +14,7 @@ from operator import attrgetter
 from typing import Any
 
 import torch
+from torch.nn.parameter import is_lazy
 
 Structure = tuple[Any, ...]  # nested tuples of hashable things
 _Tensor, _Parameter = torch.Tensor, torch.nn.Parameter
@@ -69,19 +70,26 @@ def uses_flash(module: torch.nn.Module) -> bool | None:
 class Root:
     """A model, and what of it is part of every call's structure."""
 
-    __slots__ = ("_apart", "_calls", "_casts", "device", "flags", "flash", "module", "number", "parameters", "trained")
+    __slots__ = (
+        "_apart", "_calls", "_casts", "_shapes", "device", "flags", "flash", "module", "number", "parameters",
+        "trained",
+    )  # fmt: skip
 
     def __init__(self, module: torch.nn.Module) -> None:
         self.module = module
         self.trained = False
         self.flags: list[bool] = []
-        self.number = 0  # for the set of parameters that want a gradient
+        self._shapes = b""
+        self.number = 0  # for the parameters' shapes and the set of those that want a gradient
         self._calls = 0
         self.refresh()
 
     def refresh(self) -> None:
         """Look its parameters up again."""
         self.parameters = list(self.module.parameters())
+        shapes = repr([tuple(parameter.shape) for parameter in self.parameters if not is_lazy(parameter)]).encode()
+        if shapes != self._shapes:  # another head, say: the same arguments multiply something else now
+            self._shapes, self.flags = shapes, []
         tensor = next(iter(self.parameters), None)
         self.flash = uses_flash(self.module)
         self.device = "cpu" if tensor is None else tensor.device.type
@@ -97,7 +105,7 @@ class Root:
         return self.parameters[0].dtype if self.parameters else None
 
     def wanted(self) -> int:
-        """A number for the set of parameters that want a gradient."""
+        """A number for the parameters' shapes, and the set of those that want a gradient."""
         self._calls += 1
         if self._calls % _REFRESH == 0:
             self.refresh()
@@ -105,7 +113,7 @@ class Root:
         if flags != self.flags:
             self.flags = flags
             # The same in every process, and never 0, which stands for none.
-            self.number = 1 + int.from_bytes(blake2b(bytes(flags), digest_size=7).digest())
+            self.number = 1 + int.from_bytes(blake2b(bytes(flags) + self._shapes, digest_size=7).digest())
         return self.number
 
     def quick(

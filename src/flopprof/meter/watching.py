@@ -17,6 +17,10 @@ from typing import Any, Protocol
 
 import torch
 from torch._C._dynamo import eval_frame as _eval_frame
+from torch.nn.modules.module import (
+    register_module_module_registration_hook,
+    register_module_parameter_registration_hook,
+)
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from flopprof.counting.imports import WhenImported
@@ -131,6 +135,7 @@ class _Instruments:
         self._handles: list[Any] = []
         self._engine: _Engine | None = None
         self.compilations = 0
+        self.rebuilt = 0  # modules and parameters that were put into modules
         self._compiler = WhenImported("torch._dynamo.callback", self._listen)
 
     def acquire(self) -> None:
@@ -138,9 +143,16 @@ class _Instruments:
             self._users += 1
             if self._users == 1:
                 self._engine = _Engine()
-                self._handles = [register_optimizer_step_pre_hook(_before_step)]
+                self._handles = [
+                    register_optimizer_step_pre_hook(_before_step),
+                    register_module_module_registration_hook(self._rebuild),
+                    register_module_parameter_registration_hook(self._rebuild),
+                ]
                 self._closures = False
                 self._compiler.install()
+
+    def _rebuild(self, *_: Any) -> None:
+        self.rebuilt += 1
 
     def see_closures(self) -> None:
         """An optimizer is given a closure: the end of its step matters, too, which else is not looked at."""
