@@ -168,7 +168,7 @@ def _filled(facts: dict[str, Any]) -> None:
 
 
 def _turned(facts: dict[str, Any], *, seen: bool) -> None:
-    """Heads have as many turns as the sections hold, also where a model that sees, or its text, takes those for granted."""
+    """Heads have as many turns as the sections hold, also where a model that sees, or its text, assumes some."""
     turns = facts.get("rope_parameters")
     if not isinstance(turns, dict) or any(isinstance(value, dict) for value in turns.values()):  # one for each kind
         return
