@@ -26,12 +26,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.autograd.variable import Variable
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from flopprof import Meter
+from flopprof.counting.instrument import StandIn
 
 sys.path.insert(0, str(Path(__file__).parent))
 from overhead import Transformer, training_step
@@ -45,17 +45,11 @@ def bare(step: Step) -> Variant:
     return lambda: contextlib.nullcontext(step)
 
 
-class _Forwarding:
+class _Forwarding(StandIn):
     """The autograd engine, called through Python."""
 
-    def __init__(self, engine: Any) -> None:
-        self._engine = engine
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._engine, name)
-
     def run_backward(self, *args: Any, **kwargs: Any) -> Any:
-        return self._engine.run_backward(*args, **kwargs)
+        return self.engine.run_backward(*args, **kwargs)
 
 
 def empty_hooks(step: Step, model: torch.nn.Module) -> Variant:
@@ -63,12 +57,11 @@ def empty_hooks(step: Step, model: torch.nn.Module) -> Variant:
 
     @contextlib.contextmanager
     def variant() -> Iterator[Step]:
-        engine: Any = Variable._execution_engine
+        engine = _Forwarding()
         handles = [
             model.register_forward_pre_hook(lambda *_: None, with_kwargs=True),
             register_optimizer_step_pre_hook(lambda *_: None),
         ]
-        Variable._execution_engine = _Forwarding(engine)  # type: ignore[assignment]  # stands in for it
 
         def timed() -> None:
             start = time.perf_counter()
@@ -79,7 +72,7 @@ def empty_hooks(step: Step, model: torch.nn.Module) -> Variant:
         try:
             yield timed
         finally:
-            Variable._execution_engine = engine
+            engine.leave()
             for handle in handles:
                 handle.remove()
 
