@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from flopprof.meter.meter import Meter
-from flopprof.meter.recorder import OpenStep
 from flopprof.meter.roots import go_on
+from flopprof.meter.steps import OpenStep
 
 _modes = torch._C._len_torch_dispatch_stack
 _nodes_made = torch._C._autograd._get_sequence_nr
@@ -20,6 +20,7 @@ RECOUNT_WITHOUT_CALLS = 8
 class Contiguous(Meter):
     """A meter whose steps follow each other without a gap; the latest may prove to be a part of a longer one."""
 
+    _ends_known = False
     _undecided = 0  # of the latest steps, so many wait
 
     def start_step(self, batch: Any = None, *, data_wait_s: float = 0.0) -> None:
@@ -76,10 +77,9 @@ class Contiguous(Meter):
 
     def drop(self) -> None:
         """The step under way will not end."""
-        step, self._open = self._open, None
+        step = self._open
         if step is not None:
             self._recorder.close(step, failed=True)
-            self._begun -= 1
 
     def _settle(self, *, wait: bool = False) -> None:
         held = [self._late.pop() for _ in range(min(self._undecided, len(self._late)))]

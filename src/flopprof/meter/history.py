@@ -15,8 +15,9 @@ from flopprof.meter.figures import Figures, StepRecord, figures, flops_by_rate, 
 from flopprof.meter.peaks import Peaks
 from flopprof.meter.places import Done
 from flopprof.meter.ranks import path_of_rank, place_of_process
-from flopprof.meter.recorder import NO_PAUSES, OpenStep, Recorder
+from flopprof.meter.recorder import NO_PAUSES, Recorder
 from flopprof.meter.records import SCHEMA, RecordWriter, RunPeaks, RunStart
+from flopprof.meter.steps import OpenStep
 from flopprof.meter.summary import Summary, over_peak
 from flopprof.meter.work import Work
 from flopprof.profile import Attention

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import torch
@@ -15,7 +13,8 @@ from flopprof.errors import UsageError
 from flopprof.meter.figures import Figures, StepRecord
 from flopprof.meter.history import History
 from flopprof.meter.peaks import Given, Peaks
-from flopprof.meter.recorder import OpenStep, Recorder
+from flopprof.meter.recorder import Recorder
+from flopprof.meter.stepping import Stepping
 from flopprof.meter.summary import Summary
 from flopprof.meter.timing import device_of, timer_for
 from flopprof.profile import Attention
@@ -25,16 +24,13 @@ if TYPE_CHECKING:
 
     from flopprof.meter.world import World
 
-# Records of steps are made so many at a time, where nobody waits for one: each alone finds its code out of the caches.
-_TOGETHER = 64
-
 T = TypeVar("T")
 P = ParamSpec("P")
 R = TypeVar("R")
 
 
-class Meter:
-    """MFU, HFU and throughput of a training loop, at the cost of a dictionary look-up per step.
+class Meter(Stepping):
+    """MFU, HFU and throughput of a training loop, at the cost of a comparison per step.
 
     model       the module that is trained, or several (GAN, teacher and student): all whose work counts. Tokens and
                 samples are those of the first one's inputs
@@ -83,32 +79,30 @@ class Meter:
         clock: Callable[[], float] | None = None,
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
-        self._options = {name: value for name, value in locals().items() if name not in ("self", "model", "more")}
+        self._options = {
+            name: value for name, value in locals().items() if name not in ("self", "model", "more", "__class__")
+        }
         first = model if isinstance(model, Iterable) and not isinstance(model, torch.nn.Module) else [model]
         models = [*first, *more]
         _check(models, attention, skip=skip, window=window, log_every=log_every, recount_every=recount_every)
         self.attention: Attention = attention
-        self.skip, self.recount_every = skip, recount_every
-        self.log, self.log_every = log, log_every
         self.device = device_of(models)
-        self._sizes: tuple[Any, Any] = tokens, samples
-        self._clock = clock or time.perf_counter
-        self._recorder = Recorder(models, attention, timer_for(self.device, self._clock))
-        self._history = History(
-            self._recorder,
+        clock = clock or time.perf_counter
+        recorder = Recorder(models, attention, timer_for(self.device, clock), clock)
+        history = History(
+            recorder,
             Peaks(peak, self.device),
             device=self.device,
             attention=attention,
             convention=convention,
             window=window,
             path=records,
-            epoch=(wall_clock, self._clock),
+            epoch=(wall_clock, clock),
         )
-        self._open: OpenStep | None = None
-        self._late: deque[OpenStep] = deque()
-        self._latest: Any = None  # segments of the latest step that a record was made of at once
-        self._begun = 0  # steps, restarts included
-        self._first = 0  # of this process
+        sizes = tokens, samples
+        super().__init__(
+            recorder, history, sizes=sizes, skip=skip, recount_every=recount_every, log=log, log_every=log_every
+        )
 
     # --- the loop ----------------------------------------------------------------------------------------------------
     def track(self, loader: Iterable[T], *, progress: bool = True) -> Iterator[T]:
@@ -141,10 +135,6 @@ class Meter:
             if line is not None:
                 line.close()
 
-    def step(self, batch: Any = None) -> AbstractContextManager[None]:
-        """One step; an exception leaves it out of every figure. batch: what tokens= and samples= are read off."""
-        return _Step(self, batch)
-
     def wrap(self, function: Callable[P, R]) -> Callable[P, R]:
         """The function, each call of which is one step."""
 
@@ -156,85 +146,6 @@ class Meter:
         stepped.__doc__ = function.__doc__
         stepped.__wrapped__ = function  # type: ignore[attr-defined]  # as functools.wraps does
         return stepped
-
-    def start_step(self, batch: Any = None, *, data_wait_s: float = 0.0) -> None:
-        """Begin a step, for loops that call back: `end_step` ends it."""
-        if self._open is not None:
-            raise UsageError("a step of this meter is open: steps do not nest. End it, or use two meters.")
-        self._open = step = OpenStep()
-        step.number = number = self._begun
-        step.batch, step.data_wait_s = batch, data_wait_s
-        self._begun = number + 1
-        every = self.recount_every
-        self._recorder.open(step, recount=every is not None and number > self._first and number % every == 0)
-        if step.left_out:  # it is counted, which may correct what is held true of the steps before it
-            self._settle()
-
-    def end_step(self, *, failed: bool = False, left_early: bool = False) -> None:
-        """End the step: failed ones are in no figure; one that a loop left early is, if it did what steps do."""
-        step, self._open = self._open, None
-        if step is None:
-            raise UsageError("no step of this meter is open: start_step() begins one.")
-        self._recorder.close(step, failed=failed)
-        step.host_end = self._clock()
-        if step.number - self._first < self.skip:
-            step.left_out = ("first", *step.left_out)
-        if failed:
-            step.left_out = ("failed", *step.left_out)
-        elif left_early and not self._whole(step):
-            if not step.calls and not step.optimizer_steps:
-                self._begun -= 1  # the loop was left before the step did anything
-                return
-            step.left_out = ("interrupted", *step.left_out)
-        if step.batch is not None:
-            self._measure(step)
-        self._late.append(step)
-        if self.log is not None and self._begun % self.log_every == 0:
-            self.log(self.metrics())
-        else:
-            self._settle_soon()
-
-    def _whole(self, step: OpenStep) -> bool:
-        """Of a loop that was left in this step: had the step done what one does?"""
-        return step.optimizer_steps > 0 or any(
-            step.segments == other.segments for other in self._late
-        ) or self._history.knows(step.segments)  # fmt: skip
-
-    def _measure(self, step: OpenStep) -> None:
-        """Tokens and samples, where the caller says how to read them off the batch; which is then let go."""
-        tokens, samples = self._sizes
-        if callable(tokens):
-            step.tokens = int(tokens(step.batch))
-        if callable(samples):
-            step.samples = int(samples(step.batch))
-        step.batch = None
-
-    @contextmanager
-    def pause(self, name: str = "pause") -> Iterator[None]:
-        """Time that is no part of the step (saving a checkpoint, evaluating, generating): a row of its own."""
-        if self._open is None:
-            start = self._clock()
-            try:
-                yield
-            finally:
-                self._history.passed(name, self._clock() - start)
-            return
-        self._recorder.pause(name)
-        try:
-            yield
-        finally:
-            self._recorder.resume()
-
-    def passed(self, name: str, seconds: float) -> None:
-        """So long something took that lay between two steps: a row of its own."""
-        self._recorder.forget_outside()
-        self._history.passed(name, seconds)
-
-    def go_on_from(self, step: int) -> None:
-        """The next step has that number: the run was resumed from a checkpoint."""
-        if self._open is not None:
-            raise UsageError("a step of this meter is open: go on from a number between steps.")
-        self._begun = self._first = step
 
     def watch(self, model: torch.nn.Module) -> None:
         """One more model whose calls tell steps apart."""
@@ -306,19 +217,6 @@ class Meter:
         )
         return ranks.gather(report, group=group, data_parallel=data_parallel)
 
-    def _settle_soon(self) -> None:
-        late = self._late
-        step = late[-1]
-        if step.segments != self._latest or step.left_out or len(late) >= _TOGETHER or self._history.at_once:
-            self._latest = step.segments
-            self._settle()
-
-    def _settle(self, *, wait: bool = False) -> None:
-        """Make records of the steps that the device is past, in order."""
-        late = self._late
-        while late and self._history.add(late[0], self._sizes, wait=wait):
-            late.popleft()
-
     # --- the end -----------------------------------------------------------------------------------------------------
     def close(self) -> None:
         """Takes the hooks off the models, and closes the file of records. What was found stays."""
@@ -341,7 +239,7 @@ class Meter:
         return {
             "version": 1,
             "attention": self.attention,
-            "begun": self._begun,
+            "begun": self._begun + (self._open is not None),
             "trained": self._recorder.trained,
             "history": self._history.state(),
             "counted": self._recorder.tracker.state(),
@@ -357,7 +255,9 @@ class Meter:
             )
         if self._open is not None:
             raise UsageError("a step of this meter is open: load its state between steps.")
+        self._settle()
         self._late.clear()
+        self._recorder.forget()
         self._begun = self._first = state["begun"]
         self._recorder.trained = state["trained"]
         self._recorder.tracker.restore(state["counted"])
@@ -382,18 +282,3 @@ def _check(models: Iterable[Any], attention: str, **numbers: Any) -> None:
         optional = value is None and name == "recount_every"
         if not optional and (isinstance(value, bool) or not isinstance(value, int) or value < least):
             raise UsageError(f"{name} is a whole number of at least {least}, got {value!r}.")
-
-
-class _Step:
-    """A step as a block; a class, because that costs a third of what a generator does."""
-
-    __slots__ = ("_batch", "_meter")
-
-    def __init__(self, meter: Meter, batch: Any) -> None:
-        self._meter, self._batch = meter, batch
-
-    def __enter__(self) -> None:
-        self._meter.start_step(self._batch)
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self._meter.end_step(failed=kind is not None)

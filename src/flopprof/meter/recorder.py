@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import copy
 from typing import Any
 
 import torch
@@ -11,14 +11,17 @@ import torch
 from flopprof.meter.padding import Unpadded
 from flopprof.meter.places import Done
 from flopprof.meter.signature import Root, arguments, size_of
+from flopprof.meter.steps import Moment, OpenStep, Repeat
 from flopprof.meter.timing import Timer
 from flopprof.meter.tracking import Tracker
 from flopprof.meter.watching import Watch, compiled_call, compiled_within, instruments
 from flopprof.meter.work import Work, total
 from flopprof.profile import Attention
 
-_thread = threading.get_ident
+# The lists of the models' parameters are made anew after so many steps.
+_REFRESH = 256
 _grad_enabled = torch.is_grad_enabled
+_nodes_made = torch._C._autograd._get_sequence_nr
 _OUTSIDE = (
     "a model is called inside a compiled function, where its inputs are not seen: use meter.track(loader), "
     "meter.step(batch) or meter.wrap(step), whose arguments then tell steps apart."
@@ -26,24 +29,6 @@ _OUTSIDE = (
 
 
 NO_PAUSES: dict[str, float] = {}
-
-
-class OpenStep:
-    """A step under way, or one that no record was made of yet."""
-
-    calls = optimizer_steps = tokens = samples = compilations = 0
-    other_tokens = other_samples = 0  # of calls that autograd does not record
-    number = 0
-    batch: Any = None
-    data_wait_s = 0.0
-    start: Any = None
-    end: Any = None
-    host_end = 0.0
-    segments: tuple[Done, ...] = ()
-    spans: tuple[tuple[str, Any, Any], ...] = ()  # name ("" is evaluation), start, end
-    unpadded: tuple[Any, ...] = ()
-    left_out: tuple[str, ...] = ()
-    unseen = False
 
 
 class Roots(list[Root]):
@@ -61,13 +46,16 @@ class Roots(list[Root]):
 class Recorder:
     """Turns what the hooks tell into a step's segments, times and sizes."""
 
-    def __init__(self, models: Sequence[torch.nn.Module], attention: Attention, timer: Timer) -> None:
-        self.thread = 0
+    def __init__(
+        self, models: Sequence[torch.nn.Module], attention: Attention, timer: Timer, clock: Callable[[], float]
+    ) -> None:
+        self.repeat = Repeat(self)
+        self.clock = clock
+        self.timer = timer
         self._roots = Roots()
         self.tracker = Tracker(self._roots, attention)
         self.known = self.tracker.known
         self.opaque = False  # a model runs inside a compiled function
-        self.timer = timer
         self._watch = Watch()
         self._step: OpenStep | None = None
         self._span: tuple[str, Any] | None = None  # a pause or an evaluation inside the step
@@ -75,7 +63,13 @@ class Recorder:
         self._between: list[tuple[Any, Any]] = []
         self._between_s = 0.0
         self._closures = False
-        self._rebuilt = 0
+        self._rebuilt = False  # a part of the models is another one
+        self._looked = 0
+        self._over: list[OpenStep] = []  # that were only held against the one before
+        self._before: tuple[Done, ...] = ()  # segments of the step before
+        self._learnt = False  # the next steps may be held against the one that ended last
+        self._alike = False  # it was the same as the one before it
+        self._moments: list[Moment] | None = None  # of this step, where the next ones may be held against it
         self._unpadded = Unpadded()
         for model in models:
             self.add(model)
@@ -84,11 +78,15 @@ class Recorder:
         """One more model."""
         if any(root.module is model for root in self._roots):
             return
-        self._watch.add(self, len(self._roots), model)
-        self._roots.append(Root(model))
+        _followed_at_length = self.step
+        self.forget()
+        root = Root(model, len(self._roots))
+        self._watch.add(self, root)
+        self._roots.append(root)
 
     def remove(self) -> None:
         """Take the hooks off."""
+        self.forget()
         self._watch.remove()
 
     @property
@@ -106,15 +104,54 @@ class Recorder:
         for root, flag in zip(self._roots, flags, strict=False):
             root.trained = flag
 
+    @property
+    def timer(self) -> Timer:
+        """What tells the moments of a step."""
+        return self._timer
+
+    @timer.setter
+    def timer(self, timer: Timer) -> None:
+        self._timer = timer
+        self.repeat.tell_time(timer)
+
     # --- the step ----------------------------------------------------------------------------------------------------
-    def open(self, step: OpenStep, *, recount: bool) -> None:
-        """A step begins."""
+    @property
+    def step(self) -> OpenStep | None:
+        """The step that is open, followed at length from here on."""
+        if self.repeat.on:
+            self._over = self.followed()
+            self._step, here = self.repeat.open()
+            self.tracker.go_on(here)
+        return self._step
+
+    def followed(self) -> list[OpenStep]:
+        """The steps since the last one that was closed: they did what that one did."""
+        new = [*self.repeat.followed()]
+        self.tracker.passed(len(new))
+        self._looked += len(new)
+        over, self._over = [*self._over, *new], []
+        return over
+
+    def ahead(self, most: int) -> int:
+        """So many of the next steps, at most, need no more than to be held against the one that ended last."""
+        if not self._learnt or self._rebuilt:
+            return 0
+        return min(self.tracker.ahead(most), _REFRESH - 1 - self._looked)
+
+    def forget(self) -> None:
+        """The next steps are not held against those before."""
+        self.repeat.left = 0
+        self._before, self._alike, self._learnt = (), False, False
+
+    def open(self, step: OpenStep, *, recount: bool, learns: bool) -> None:
+        """A step begins. learns: the next ones may be held against it."""
         self._step = step
-        self.thread = _thread()
+        self.repeat.opened(blind=self.tracker.blind)
         if not self._watch.begun:
             self._watch.begin(self)
-        if self._rebuilt != instruments.rebuilt:
-            self._rebuilt = instruments.rebuilt
+        self._looked += 1
+        if self._rebuilt or self._looked >= _REFRESH:
+            self._rebuilt, self._looked = False, 0
             for root in self._roots:
                 root.refresh()
         if self._outside is not None:
@@ -130,13 +167,16 @@ class Recorder:
             self.tracker.begin(("given", *structure), ints, recount=recount)
         if self.tracker.counter is not None:
             step.left_out = ("counted",)
+        self._moments = [] if learns and self._alike and not self.tracker.whole and not self.opaque else None
 
     def close(self, step: OpenStep, *, failed: bool) -> None:
         """The step is over."""
         if self._span is not None:
             self._resume()
+        if self._moments is not None:
+            self._note(0 if self.repeat.blind else _nodes_made() - self.repeat.made)
         self._step = None
-        self.thread = 0
+        self.repeat.thread = 0
         if failed:
             self.tracker.abandon()
         else:
@@ -146,6 +186,20 @@ class Recorder:
             step.left_out = (*step.left_out, "compiled")
             if not self.tracker.whole:
                 self.tracker.lose_sight()
+        alike = step.segments == self._before and step.ordinary() and not failed
+        moments, self._moments = self._moments, None
+        self._learnt = alike and moments is not None and self.tracker.blind == self.repeat.blind
+        if self._learnt and moments is not None:
+            self.repeat.learn(moments, step)
+        self._before, self._alike = step.segments, alike
+
+    def _note(self, event: Any) -> None:
+        """An event comes in a step that the next ones may be held against."""
+        assert self._moments is not None
+        assert self._step is not None
+        step = copy(self._step)
+        step.batch = None
+        self._moments.append(Moment(event, step, *self.tracker.here()))
 
     def forget_outside(self) -> None:
         """Somebody else takes the time of what runs between steps."""
@@ -153,6 +207,7 @@ class Recorder:
 
     def pause(self, name: str) -> None:
         """What runs from here on is no part of the step."""
+        _followed_at_length = self.step
         if self._span is not None:
             self._resume()
         self.tracker.interrupt()
@@ -170,10 +225,16 @@ class Recorder:
         self._span = None
 
     # --- told by the hooks -------------------------------------------------------------------------------------------
-    def called(self, index: int, module: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """A model is called."""
-        root = self._roots[index]
-        step, grad, training = self._step, _grad_enabled(), module.training
+    def rebuilt(self, module: torch.nn.Module) -> None:
+        """A module or a parameter was put into that module: a part of the models, or of something else."""
+        if any(id(module) in root.parts for root in self._roots):
+            self._rebuilt = True
+            self.repeat.left = min(self.repeat.left, 0)
+
+    def called(self, root: Root, parts: list[Any] | None, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """A model is called. parts: the nodes so far, and what tells this call apart, where that is plain."""
+        grad, training = _grad_enabled(), root.module.training
+        step = self.step
         if (
             step is None
             or self._span is not None
@@ -184,12 +245,15 @@ class Recorder:
                 return
             step = self._step
             assert step is not None
-        event = root.quick(index, training, grad, args, kwargs)
+        event = None if parts is None else tuple(parts[1:])
+        if self._moments is not None:
+            self._note(parts)
         kept = None if event is None else self.known(event)
         if kept is None:
-            kept = self._describe(index, root, grad, event, args, kwargs)
+            self._moments = None
+            kept = self._describe(root, grad, event, args, kwargs)
         step.calls += 1
-        if index == 0:
+        if root.index == 0:
             tokens, samples, mask = kept
             if grad:
                 step.tokens += tokens
@@ -203,14 +267,14 @@ class Recorder:
             root.trained = True
 
     def _describe(
-        self, index: int, root: Root, grad: bool, event: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+        self, root: Root, grad: bool, event: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> tuple[int, int, bool]:
         """A call that is not known to follow here."""
         step = self._step
         assert step is not None
         root.refresh()
         structure, ints = arguments(args, kwargs, root.flash)
-        about = index, root.module.training, grad, root.wanted() if grad else 0, root.cast(), root.weight()
+        about = root.index, root.module.training, grad, root.wanted() if grad else 0, root.cast(), root.weight()
         kept = size_of(root.module, args, kwargs)
         counted = self.tracker.counter is not None
         self.tracker.call(event or (about, structure, ints), (*about, structure), ints, kept, records=grad)
@@ -224,6 +288,7 @@ class Recorder:
         if step is None:
             if evaluates and root.trained and self._outside is None:
                 self._outside = self.timer.mark()
+                self.repeat.left = 0
             return True
         if self._span is not None and self._span[0]:
             return True  # a pause
@@ -242,25 +307,35 @@ class Recorder:
             self.tracker.lose_sight()
         return inside
 
-    def differentiated(self, structure: tuple[Any, ...]) -> None:
-        """A backward pass starts that is not known to follow here."""
-        if self._span is None and self.tracker.backward(structure) and self._step is not None:
-            self._step.left_out = (*self._step.left_out, "counted")
+    def differentiated(self, parts: tuple[Any, ...]) -> None:
+        """A backward pass starts. parts: the nodes so far, and what tells it apart."""
+        step = self.step
+        if self._moments is not None:
+            self._note(parts)
+        event = parts[1:]
+        if self.known(event) is None:
+            self._moments = None
+            if self._span is None and self.tracker.backward(event) and step is not None:
+                step.left_out = (*step.left_out, "counted")
 
     def stepped(self, optimizer: torch.optim.Optimizer, *, closure: bool, over: bool) -> None:
         """An optimizer's step begins, or one with a closure ends."""
-        step = self._step
+        kind = type(optimizer)
+        step = self.step
         if step is None or self._span is not None:
             return
         if over:
             self.tracker.after_closure()
             return
+        if self._moments is not None:
+            self._note((0 if self.repeat.blind else _nodes_made() - self.repeat.made, kind))
         step.optimizer_steps += 1
         self._closures |= closure
         roots = self._roots
         wanted = roots[0].number if len(roots) == 1 else tuple([root.number for root in roots])
-        event = "optimizer", type(optimizer).__name__, wanted
+        event = "optimizer", kind.__name__, wanted
         if closure or self.known(event) is None:
+            self._moments = None
             self.tracker.optimizer(event, closure=closure)
 
     # --- read later --------------------------------------------------------------------------------------------------

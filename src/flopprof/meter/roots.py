@@ -22,7 +22,7 @@ from flopprof.meter.recorder import Recorder
 from flopprof.meter.signature import Root
 from flopprof.meter.timing import CudaTimer
 from flopprof.meter.tracking import Tracker
-from flopprof.meter.watching import compiled_within
+from flopprof.meter.watching import Before, compiled_within
 
 if TYPE_CHECKING:
     from flopprof.meter.meter import Meter
@@ -147,8 +147,8 @@ class FoundRoot(Root):
 
     __slots__ = ("_ref", "kind")
 
-    def __init__(self, module: torch.nn.Module) -> None:
-        super().__init__(module)
+    def __init__(self, module: torch.nn.Module, index: int) -> None:
+        super().__init__(module, index)
         self.kind = kind_of(module)
 
     @property
@@ -159,7 +159,7 @@ class FoundRoot(Root):
 
     @module.setter
     def module(self, module: torch.nn.Module) -> None:
-        self._ref = weakref.ref(module, lambda _: self.parameters.clear())
+        self._ref = weakref.ref(module, lambda _: self.forget())
 
     @property
     def gone(self) -> bool:
@@ -187,6 +187,7 @@ class Finder:
     def __init__(self, recorder: Recorder) -> None:
         self._recorder = recorder
         self._numbers: dict[int, int] = {}
+        self._before: dict[int, Before] = {}
 
     def called(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """The module is called, outside any other one."""
@@ -194,19 +195,21 @@ class Finder:
         roots = self._recorder._roots
         if number is None or roots[number].module is not module:
             number = self._number(module)
-        self._recorder.called(number, module, args, kwargs)
+        self._before[number](module, args, kwargs)
 
     def _number(self, module: torch.nn.Module) -> int:
         roots = self._recorder._roots
-        found = FoundRoot(module)
+        found = FoundRoot(module, len(roots))
         same = (i for i, root in enumerate(roots) if isinstance(root, FoundRoot) and root.gone)
         number = next((i for i in same if roots[i].kind == found.kind), len(roots))  # type: ignore[attr-defined]
         if number == len(roots):
             roots.append(found)
         else:  # made anew in every step
+            found.index = number
             found.trained = roots[number].trained
             roots[number] = found
         self._numbers[id(module)] = number
+        self._before[number] = Before(self._recorder, found)
         if compiled_within(module) or isinstance(module, CompiledFunction):
             self._recorder.tracker.lose_sight()
         return number

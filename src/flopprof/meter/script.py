@@ -106,7 +106,7 @@ class Script:
         if self._thread and os.getpid() != self._pid:
             self._thread = 0
             if self.meter is not None:
-                self.meter._recorder.thread = 0
+                self.meter._recorder.repeat.thread = 0
                 self.meter._recorder.tracker.abandon()
             while self._undo:
                 self._undo.pop()()

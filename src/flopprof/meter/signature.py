@@ -20,15 +20,10 @@ Structure = tuple[Any, ...]  # nested tuples of hashable things
 _Tensor, _Parameter = torch.Tensor, torch.nn.Parameter
 _PLAIN = (bool, type(None), torch.dtype, torch.device, torch.memory_format)
 _autocast = torch.is_autocast_enabled
-_any_autocast = torch._C._is_any_autocast_enabled  # of many devices: quicker to ask than one
 _AMONG_THEM = ("cpu", "cuda")
 _autocast_dtype = torch.get_autocast_dtype
-_wants = attrgetter("requires_grad")
-# The list of a model's parameters is made anew after so many of its calls.
-_REFRESH = 256
-_QUICK = frozenset({bool, type(None), int, str, torch.dtype})
+wants = attrgetter("requires_grad")
 _BOUNDARIES = ("cu_seq", "cu_len")
-_MAYBE = (*_BOUNDARIES, "position_ids")
 _DEEPEST = 8
 _TOKENS = ("decoder_input_ids", "input_ids", "tokens", "idx")
 _WORDS = 24  # characters: what is longer is a text, no choice
@@ -71,30 +66,34 @@ class Root:
     """A model, and what of it is part of every call's structure."""
 
     __slots__ = (
-        "_apart", "_calls", "_casts", "_shapes", "device", "flags", "flash", "module", "number", "parameters",
-        "trained",
+        "__weakref__", "_casts", "_flags", "_shapes", "apart", "device", "flash", "fresh", "frozen", "index", "module",
+        "number", "parameters", "parts", "trained", "wanting",
     )  # fmt: skip
 
-    def __init__(self, module: torch.nn.Module) -> None:
-        self.module = module
+    def __init__(self, module: torch.nn.Module, index: int) -> None:
+        self.module, self.index = module, index
         self.trained = False
-        self.flags: list[bool] = []
+        self._flags: list[bool] | None = None
+        self.parameters: list[torch.nn.Parameter] = []
+        self.wanting: list[torch.nn.Parameter] = []  # of these, those that wanted a gradient at the latest call
+        self.frozen: list[torch.nn.Parameter] = []
+        self.fresh = False  # nothing but these can have changed since then
         self._shapes = b""
         self.number = 0  # for the parameters' shapes and the set of those that want a gradient
-        self._calls = 0
         self.refresh()
 
     def refresh(self) -> None:
-        """Look its parameters up again."""
-        self.parameters = list(self.module.parameters())
+        """Look its parts and parameters up again."""
+        self.parts = frozenset(map(id, self.module.modules()))
+        self.parameters, self._flags, self.fresh = list(self.module.parameters()), None, False
         shapes = repr([tuple(parameter.shape) for parameter in self.parameters if not is_lazy(parameter)]).encode()
         if shapes != self._shapes:  # another head, say: the same arguments multiply something else now
-            self._shapes, self.flags = shapes, []
+            self._shapes = shapes
         tensor = next(iter(self.parameters), None)
         self.flash = uses_flash(self.module)
         self.device = "cpu" if tensor is None else tensor.device.type
         self._casts = torch.amp.is_autocast_available(self.device)
-        self._apart = self._casts and self.device not in _AMONG_THEM
+        self.apart = self._casts and self.device not in _AMONG_THEM
 
     def cast(self) -> torch.dtype | None:
         """What autocast computes in here; None where it is off."""
@@ -106,69 +105,27 @@ class Root:
 
     def wanted(self) -> int:
         """A number for the parameters' shapes, and the set of those that want a gradient."""
-        self._calls += 1
-        if self._calls % _REFRESH == 0:
-            self.refresh()
-        flags = list(map(_wants, self.parameters))
-        if flags != self.flags:
-            self.flags = flags
+        flags = list(map(wants, self.parameters))
+        if flags != self._flags:
+            self._flags = flags
+            self.wanting = [*itertools.compress(self.parameters, flags)]
+            self.frozen = [parameter for parameter, flag in zip(self.parameters, flags, strict=True) if not flag]
             # The same in every process, and never 0, which stands for none.
             self.number = 1 + int.from_bytes(blake2b(bytes(flags) + self._shapes, digest_size=7).digest())
+        self.fresh = True
         return self.number
 
-    def quick(
-        self, index: int, training: bool, grad: bool, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-    ) -> tuple[Any, ...] | None:
-        """A call's structure and integers as one key, where every argument is a plain tensor or flag; else None.
-
-        This runs at every call of a model: it makes one flat tuple.
-        """
-        parameters = self.parameters
-        parts: list[Any] = [
-            index,
-            training,
-            self.wanted() if grad else 0,
-            self.cast() if self._apart or _any_autocast() else None,
-            parameters[0].dtype if parameters else None,
-        ]
-        add = parts.append
-        try:
-            for value in args:
-                kind = type(value)
-                if kind is _Tensor:
-                    add(value.shape)
-                    add(value.dtype)
-                    add(value.requires_grad)
-                elif kind in _QUICK:
-                    add(kind)
-                    add(value)
-                else:
-                    return None
-            for name, value in kwargs.items():
-                add(name)
-                kind = type(value)
-                if kind is _Tensor:
-                    if name.startswith(_MAYBE) and tells_boundaries(name, value, self.flash):
-                        return None
-                    add(value.shape)
-                    add(value.dtype)
-                    add(value.requires_grad)
-                elif kind in _QUICK:
-                    add(kind)
-                    add(value)
-                else:
-                    return None
-        except RuntimeError:  # a nested tensor has no shape
-            return None
-        return tuple(parts)
+    def forget(self) -> None:
+        """Keep no parameter alive."""
+        for parameters in (self.parameters, self.wanting, self.frozen):
+            parameters.clear()
 
 
 def _add(value: Any, parts: list[Any], ints: list[int], depth: int) -> None:
     kind = type(value)
-    if kind is _Tensor or kind is _Parameter:
-        if value.is_nested:
-            _add_nested(value, parts, ints)
-            return
+    if isinstance(value, _Tensor) and value.is_nested:
+        _add_nested(value, parts, ints)
+    elif kind is _Tensor or kind is _Parameter:
         shape = value.shape
         parts += (value.dtype, len(shape), value.requires_grad)
         ints += shape

@@ -26,6 +26,7 @@ from flopprof.counting.runtime import FlopCounter
 from flopprof.counting.tally import Tally
 from flopprof.meter.places import MOST, Done, Ints, Place, Segment, Sight, Start, roots
 from flopprof.meter.signature import Structure
+from flopprof.meter.steps import Here
 from flopprof.meter.watching import anything_compiled
 from flopprof.meter.work import Work, work_of
 from flopprof.profile import Attention
@@ -105,6 +106,27 @@ class Tracker:
         segment = self._enter(self._start.child(structure).start(ints), None)
         if not structure:
             self._first = segment
+
+    def passed(self, steps: int) -> None:
+        """So many steps have gone by that did what the one before them did."""
+        self._steps += steps
+
+    def go_on(self, here: Here) -> None:
+        """Follow a step from here on."""
+        self._steps += 1
+        self._segment, self._trail, self._made, self._modes = here
+        self._closure = self.whole = False
+        self._graph = None
+
+    def here(self) -> tuple[Segment | None, int]:
+        """The segment that runs, and how many are over."""
+        return self._segment, len(self._trail)
+
+    def ahead(self, most: int) -> int:
+        """So many of the next steps, at most, are known to need no count."""
+        if self.from_start or self.counter is not None:
+            return 0
+        return min((due - self._steps - 1 for due in self._due if due > self._steps), default=most)
 
     def known(self, event: Any) -> Any:
         """What the caller keeps with an event that is known to follow here; None where it must be described."""

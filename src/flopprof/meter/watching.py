@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 import threading
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import FrameType, ModuleType
 from typing import Any, Protocol
 
@@ -23,33 +23,45 @@ from torch.nn.modules.module import (
 )
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from flopprof.counting.imports import WhenImported
+from flopprof.counting.imports import WhenImported, replaced
 from flopprof.counting.instrument import StandIn
+from flopprof.meter.signature import Root, tells_boundaries, wants
+from flopprof.meter.steps import Repeat
+from flopprof.meter.timing import Timer
 
 _node = torch._C._current_autograd_node
 _thread = threading.get_ident
+_grad_enabled = torch.is_grad_enabled
+_nodes_made = torch._C._autograd._get_sequence_nr
+_any_autocast = torch._C._is_any_autocast_enabled  # of many devices: quicker to ask than one
+_Tensor = torch.Tensor
+_PLAIN = frozenset({bool, type(None), int, str, torch.dtype})
+_MAYBE = ("cu_seq", "cu_len", "position_ids")
 _compiling = torch.compiler.is_dynamo_compiling  # False; a compiler that looks inside a hook reads True
 
 
 class Listener(Protocol):
     """Who is told; only of what its own thread does while a step is open."""
 
-    thread: int  # 0 between steps
+    repeat: Repeat
+    timer: Timer
+    clock: Callable[[], float]
 
-    def called(self, index: int, module: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """The model of that number is called."""
+    def called(self, root: Root, parts: list[Any] | None, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """A model is called."""
 
-    def known(self, event: Any) -> Any:
-        """None where that must be told of at length."""
+    def rebuilt(self, module: torch.nn.Module) -> None:
+        """A module or a parameter was put into that module."""
 
-    def differentiated(self, structure: tuple[Any, ...]) -> None:
-        """A backward pass starts that is not known to follow here."""
+    def differentiated(self, parts: tuple[Any, ...]) -> None:
+        """A backward pass starts."""
 
     def stepped(self, optimizer: torch.optim.Optimizer, *, closure: bool, over: bool) -> None:
         """An optimizer's step begins; over: that of one with a closure has ended."""
 
 
-_listeners: tuple[weakref.ref[Listener], ...] = ()  # those that have begun a step; each says in which thread it is
+# Of the listeners that have begun a step, what says in which thread it is, and what comes next in it.
+_repeats: tuple[Repeat, ...] = ()
 
 
 def silent(*_: Any) -> None:
@@ -63,20 +75,68 @@ def _silent() -> Any:
 class Before:
     """The forward pre-hook of one model; copies of the model, and pickles, get one that does nothing."""
 
-    __slots__ = ("_index", "_listener", "_module")
+    __slots__ = ("_repeat", "_root")
 
-    def __init__(self, listener: Listener, index: int, module: torch.nn.Module) -> None:
-        self._listener, self._index, self._module = weakref.ref(listener), index, weakref.ref(module)
+    def __init__(self, listener: Listener, root: Root) -> None:
+        self._repeat, self._root = listener.repeat, weakref.ref(root)
 
-    def __call__(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Tells the meter, unless this runs in another thread, in a backward, in a copy, or is being compiled."""
+    def __call__(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Tells the meter, unless this runs in another thread, in a backward, in a copy, or is being compiled.
+
+        It runs at every call of a model, and is one function for that.
+        """
         if _compiling():
             return
-        listener = self._listener()
-        if listener is None or _node() is not None or self._module() is not module:
+        repeat, root = self._repeat, self._root()
+        thread = repeat.thread
+        if (thread and thread != _thread()) or root is None or _node() is not None or root.module is not module:
             return
-        if listener.thread == _thread() or not listener.thread:
-            listener.called(self._index, module, args, kwargs)
+        parts: list[Any] | None = None
+        if thread:
+            parameters = root.parameters
+            parts = [
+                0 if repeat.blind else _nodes_made() - repeat.made,
+                root.index,
+                module.training,
+                _grad_enabled()
+                and (
+                    root.number
+                    if root.fresh and all(map(wants, root.wanting)) and not any(map(wants, root.frozen))
+                    else root.wanted()
+                ),
+                root.cast() if root.apart or _any_autocast() else None,
+                parameters[0].dtype if parameters else None,
+            ]
+            try:
+                for value in args:
+                    kind = type(value)
+                    if kind is _Tensor:
+                        parts += value.shape, value.dtype, value.requires_grad
+                    elif kind in _PLAIN:
+                        parts += kind, value
+                    else:
+                        parts = None
+                        break
+                else:
+                    for name, value in kwargs.items():
+                        kind = type(value)
+                        if kind is _Tensor and not (
+                            name.startswith(_MAYBE) and tells_boundaries(name, value, root.flash)
+                        ):
+                            parts += name, value.shape, value.dtype, value.requires_grad
+                        elif kind in _PLAIN:
+                            parts += name, kind, value
+                        else:
+                            parts = None
+                            break
+            except RuntimeError:  # a nested tensor has no shape
+                parts = None
+            if repeat.on and parts == repeat.events[repeat.at]:
+                repeat.at += 1
+                return
+        listener = repeat.listener()
+        if listener is not None:
+            listener.called(root, parts, args, kwargs)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _silent, ()
@@ -91,38 +151,54 @@ class _Engine(StandIn):
     """The autograd engine, telling of each backward pass that is started from outside one."""
 
     def run_backward(self, tensors: Any, *args: Any, **kwargs: Any) -> Any:
-        for reference in _listeners:
-            listener = reference()
-            if listener is not None and listener.thread == _thread() and _node() is None:
+        for repeat in _repeats:
+            if repeat.thread == _thread() and _node() is None:
                 # Roots, the graph kept or not, a graph of its own or not, inputs: what tells backward passes apart.
-                event = "backward", len(tensors), args[1:3], len(args) > 3 and len(args[3] or ())
-                if listener.known(event) is None:
-                    listener.differentiated(event)
+                nodes = 0 if repeat.blind else _nodes_made() - repeat.made
+                parts = nodes, "backward", len(tensors), args[1:3], len(args) > 3 and len(args[3] or ())
+                if repeat.on and parts == repeat.events[repeat.at]:
+                    repeat.at += 1
+                    continue
+                listener = repeat.listener()
+                if listener is not None:
+                    listener.differentiated(parts)
         return self.engine.run_backward(tensors, *args, **kwargs)
 
 
 def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    if _listeners and not _compiling() and _node() is None:  # else in a backward: part of it
-        closure = (len(args) > 1 or bool(kwargs)) and has_closure(args, kwargs)
-        if closure:
-            instruments.see_closures()
-        for reference in _listeners:
-            listener = reference()
-            if listener is not None and listener.thread == _thread():
+    if not _repeats or _compiling() or _node() is not None:  # in a backward: part of it
+        return
+    closure = (len(args) > 1 or bool(kwargs)) and has_closure(args, kwargs)
+    if closure:
+        instruments.see_closures()
+    for repeat in _repeats:
+        if repeat.thread == _thread():
+            nodes = 0 if repeat.blind else _nodes_made() - repeat.made
+            if repeat.on and not closure and (nodes, type(optimizer)) == repeat.events[repeat.at]:
+                repeat.at += 1
+                continue
+            listener = repeat.listener()
+            if listener is not None:
                 listener.stepped(optimizer, closure=closure, over=False)
 
 
 def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    if _listeners and not _compiling() and has_closure(args, kwargs):
-        for reference in _listeners:
-            listener = reference()
-            if listener is not None and listener.thread == _thread():
+    if _repeats and not _compiling() and has_closure(args, kwargs):
+        for repeat in _repeats:
+            listener = repeat.listener()
+            if repeat.thread == _thread() and listener is not None:
                 listener.stepped(optimizer, closure=True, over=True)
 
 
 def has_closure(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
     """Is the step of an optimizer given a function to call?"""
     return any(callable(value) for value in args[1:]) or callable(kwargs.get("closure"))
+
+
+def _look_closer(left: int) -> None:
+    """Nothing is taken to be as it was: in the steps to come (0), or even in those under way (-1)."""
+    for repeat in _repeats:
+        repeat.left = min(repeat.left, left)
 
 
 class _Instruments:
@@ -135,7 +211,6 @@ class _Instruments:
         self._handles: list[Any] = []
         self._engine: _Engine | None = None
         self.compilations = 0
-        self.rebuilt = 0  # modules and parameters that were put into modules
         self._compiler = WhenImported("torch._dynamo.callback", self._listen)
 
     def acquire(self) -> None:
@@ -151,8 +226,11 @@ class _Instruments:
                 self._closures = False
                 self._compiler.install()
 
-    def _rebuild(self, *_: Any) -> None:
-        self.rebuilt += 1
+    def _rebuild(self, module: torch.nn.Module, *_: Any) -> None:
+        for repeat in _repeats:
+            listener = repeat.listener()
+            if listener is not None:
+                listener.rebuilt(module)
 
     def see_closures(self) -> None:
         """An optimizer is given a closure: the end of its step matters, too, which else is not looked at."""
@@ -173,10 +251,24 @@ class _Instruments:
     def _listen(self, module: ModuleType) -> Any:
         def note(_: Any) -> None:
             self.compilations += 1
+            _look_closer(-1)
 
-        callbacks = module.callback_handler.start_callbacks
+        handler = module.callback_handler
+        clear, callbacks = handler.clear, handler.start_callbacks
+
+        def keep() -> None:  # torch._dynamo.reset() forgets every callback
+            clear()
+            handler.start_callbacks.append(note)
+
+        def undo() -> None:
+            undo_clear()
+            callbacks = handler.start_callbacks
+            if note in callbacks:
+                callbacks.remove(note)
+
         callbacks.append(note)
-        return lambda: callbacks.remove(note) if note in callbacks else None
+        undo_clear = replaced(handler, "clear", keep)
+        return undo
 
 
 instruments = _Instruments()
@@ -190,10 +282,9 @@ class Watch:
         self._release: weakref.finalize[Any, Any] | None = None
         self._forget = weakref.finalize(self, _remove, self._handles)
 
-    def add(self, listener: Listener, index: int, module: torch.nn.Module) -> None:
+    def add(self, listener: Listener, root: Root) -> None:
         """See calls of this model."""
-        hook = Before(listener, index, module)
-        self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+        self._handles.append(root.module.register_forward_pre_hook(Before(listener, root), with_kwargs=True))
 
     @property
     def begun(self) -> bool:
@@ -213,18 +304,17 @@ class Watch:
             self._release = None
 
 
-def _listen(listener: Listener) -> weakref.ref[Listener]:
-    global _listeners  # noqa: PLW0603 - read at every event of every step
-    reference = weakref.ref(listener)
+def _listen(listener: Listener) -> Repeat:
+    global _repeats  # noqa: PLW0603 - read at every event of every step
     with instruments.lock:  # else one that ends in another thread meanwhile would take this one away
-        _listeners = (*_listeners, reference)
-    return reference
+        _repeats = (*_repeats, listener.repeat)
+    return listener.repeat
 
 
-def _end(reference: weakref.ref[Listener]) -> None:
-    global _listeners  # noqa: PLW0603
+def _end(repeat: Repeat) -> None:
+    global _repeats  # noqa: PLW0603
     with instruments.lock:
-        _listeners = tuple(other for other in _listeners if other is not reference and other() is not None)
+        _repeats = tuple(other for other in _repeats if other is not repeat)
     instruments.release()
 
 
