@@ -232,11 +232,12 @@ def run(program: Program) -> tuple[list[Any], Any, int]:
         return [msgspec.to_builtins(record) for record in meter.records], msgspec.to_builtins(summary), repeated
 
 
-def at_length(program: Program) -> tuple[list[Any], Any, int]:
-    """The same, each step followed at length."""
+@contextlib.contextmanager
+def at_length() -> Iterator[None]:
+    """Each step is followed at length."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Meter, "_ahead", lambda _: 0)
-        return run(program)
+        yield
 
 
 @settings(deadline=None, max_examples=40)
@@ -247,7 +248,8 @@ def at_length(program: Program) -> tuple[list[Any], Any, int]:
 @example([("plain", 9), ("fails", 1), ("evaluation_between", 1), ("paused", 1), ("plain", 9)])
 def test_nobody_sees_that_steps_are_only_compared(program: Program) -> None:
     records, summary, _ = run(program)
-    expected, expected_summary, repeated = at_length(program)
+    with at_length():
+        expected, expected_summary, repeated = run(program)
     assert repeated == 0
     assert records == expected
     assert summary == expected_summary
@@ -343,8 +345,7 @@ def nested() -> tuple[Any, Any]:
 
 def test_two_meters_in_one_another() -> None:
     outer, inner = nested()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Meter, "_ahead", lambda _: 0)
+    with at_length():
         assert (outer, inner) == nested()
     assert [record.model_flops for record in outer] == [flops()] * 9 + [flops(3)] * 9 + [flops()] * 9
     assert [record.model_flops for record in inner] == [record.model_flops for record in outer]
@@ -412,8 +413,7 @@ def test_a_model_cast_between_two_steps(loop: Loop) -> None:
 
 def at_length_too(runs: Callable[[], Any]) -> Any:
     """What a run gives, whose steps may be followed at length."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Meter, "_ahead", lambda _: 0)
+    with at_length():
         expected = runs()
     found = runs()
     assert found == expected

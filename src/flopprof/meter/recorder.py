@@ -21,7 +21,6 @@ from flopprof.profile import Attention
 # The lists of the models' parameters are made anew after so many steps.
 _REFRESH = 256
 _grad_enabled = torch.is_grad_enabled
-_nodes_made = torch._C._autograd._get_sequence_nr
 _OUTSIDE = (
     "a model is called inside a compiled function, where its inputs are not seen: use meter.track(loader), "
     "meter.step(batch) or meter.wrap(step), whose arguments then tell steps apart."
@@ -78,7 +77,7 @@ class Recorder:
         """One more model."""
         if any(root.module is model for root in self._roots):
             return
-        _followed_at_length = self.step
+        self.at_length()
         self.forget()
         root = Root(model, len(self._roots))
         self._watch.add(self, root)
@@ -115,9 +114,8 @@ class Recorder:
         self.repeat.tell_time(timer)
 
     # --- the step ----------------------------------------------------------------------------------------------------
-    @property
-    def step(self) -> OpenStep | None:
-        """The step that is open, followed at length from here on."""
+    def at_length(self) -> OpenStep | None:
+        """The step that is open, if one is: it is followed at length from here on."""
         if self.repeat.on:
             self._over = self.followed()
             self._step, here = self.repeat.open()
@@ -173,8 +171,7 @@ class Recorder:
         """The step is over."""
         if self._span is not None:
             self._resume()
-        if self._moments is not None:
-            self._note(0 if self.repeat.blind else _nodes_made() - self.repeat.made)
+        self._note(self.repeat.nodes())
         self._step = None
         self.repeat.thread = 0
         if failed:
@@ -194,9 +191,9 @@ class Recorder:
         self._before, self._alike = step.segments, alike
 
     def _note(self, event: Any) -> None:
-        """An event comes in a step that the next ones may be held against."""
-        assert self._moments is not None
-        assert self._step is not None
+        """An event comes, perhaps in a step that the next ones may be held against."""
+        if self._moments is None or self._step is None:
+            return
         step = copy(self._step)
         step.batch = None
         self._moments.append(Moment(event, step, *self.tracker.here()))
@@ -207,7 +204,7 @@ class Recorder:
 
     def pause(self, name: str) -> None:
         """What runs from here on is no part of the step."""
-        _followed_at_length = self.step
+        self.at_length()
         if self._span is not None:
             self._resume()
         self.tracker.interrupt()
@@ -234,7 +231,7 @@ class Recorder:
     def called(self, root: Root, parts: list[Any] | None, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """A model is called. parts: the nodes so far, and what tells this call apart, where that is plain."""
         grad, training = _grad_enabled(), root.module.training
-        step = self.step
+        step = self.at_length()
         if (
             step is None
             or self._span is not None
@@ -246,8 +243,7 @@ class Recorder:
             step = self._step
             assert step is not None
         event = None if parts is None else tuple(parts[1:])
-        if self._moments is not None:
-            self._note(parts)
+        self._note(parts)
         kept = None if event is None else self.known(event)
         if kept is None:
             self._moments = None
@@ -309,9 +305,8 @@ class Recorder:
 
     def differentiated(self, parts: tuple[Any, ...]) -> None:
         """A backward pass starts. parts: the nodes so far, and what tells it apart."""
-        step = self.step
-        if self._moments is not None:
-            self._note(parts)
+        step = self.at_length()
+        self._note(parts)
         event = parts[1:]
         if self.known(event) is None:
             self._moments = None
@@ -321,14 +316,13 @@ class Recorder:
     def stepped(self, optimizer: torch.optim.Optimizer, *, closure: bool, over: bool) -> None:
         """An optimizer's step begins, or one with a closure ends."""
         kind = type(optimizer)
-        step = self.step
+        step = self.at_length()
         if step is None or self._span is not None:
             return
         if over:
             self.tracker.after_closure()
             return
-        if self._moments is not None:
-            self._note((0 if self.repeat.blind else _nodes_made() - self.repeat.made, kind))
+        self._note((self.repeat.nodes(), kind))
         step.optimizer_steps += 1
         self._closures |= closure
         roots = self._roots

@@ -24,6 +24,7 @@ _AMONG_THEM = ("cpu", "cuda")
 _autocast_dtype = torch.get_autocast_dtype
 wants = attrgetter("requires_grad")
 _BOUNDARIES = ("cu_seq", "cu_len")
+MAY_TELL_BOUNDARIES = (*_BOUNDARIES, "position_ids")  # how such names begin
 _DEEPEST = 8
 _TOKENS = ("decoder_input_ids", "input_ids", "tokens", "idx")
 _WORDS = 24  # characters: what is longer is a text, no choice

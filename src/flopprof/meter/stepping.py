@@ -117,7 +117,7 @@ class Stepping:
     @property
     def _open(self) -> OpenStep | None:
         """The step under way."""
-        return self._recorder.step
+        return self._recorder.at_length()
 
     def _ahead(self) -> int:
         """So many steps may go by before one must be looked at more closely than whether it is like the last one."""

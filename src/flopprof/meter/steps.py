@@ -170,6 +170,10 @@ class Repeat:
         listener = self.listener()
         return 0.0 if listener is None else listener.clock()
 
+    def nodes(self) -> int:
+        """That autograd made in the step under way, if they tell anything. (What runs at every step says so itself.)"""
+        return 0 if self.blind else _nodes_made() - self.made
+
     def opened(self, *, blind: bool) -> None:
         """A step is followed at length from its start. blind: numbers of nodes tell nothing."""
         self.on, self.left, self.blind = False, 0, blind

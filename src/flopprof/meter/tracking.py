@@ -126,7 +126,7 @@ class Tracker:
         """So many of the next steps, at most, are known to need no count."""
         if self.from_start or self.counter is not None:
             return 0
-        return min((due - self._steps - 1 for due in self._due if due > self._steps), default=most)
+        return min([most, *(due - self._steps - 1 for due in self._due if due > self._steps)])
 
     def known(self, event: Any) -> Any:
         """What the caller keeps with an event that is known to follow here; None where it must be described."""

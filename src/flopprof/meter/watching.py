@@ -25,7 +25,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 from flopprof.counting.imports import WhenImported, replaced
 from flopprof.counting.instrument import StandIn
-from flopprof.meter.signature import Root, tells_boundaries, wants
+from flopprof.meter.signature import MAY_TELL_BOUNDARIES, Root, tells_boundaries, wants
 from flopprof.meter.steps import Repeat
 from flopprof.meter.timing import Timer
 
@@ -35,8 +35,7 @@ _grad_enabled = torch.is_grad_enabled
 _nodes_made = torch._C._autograd._get_sequence_nr
 _any_autocast = torch._C._is_any_autocast_enabled  # of many devices: quicker to ask than one
 _Tensor = torch.Tensor
-_PLAIN = frozenset({bool, type(None), int, str, torch.dtype})
-_MAYBE = ("cu_seq", "cu_len", "position_ids")
+_QUICK = frozenset({bool, type(None), int, str, torch.dtype})
 _compiling = torch.compiler.is_dynamo_compiling  # False; a compiler that looks inside a hook reads True
 
 
@@ -112,7 +111,7 @@ class Before:
                     kind = type(value)
                     if kind is _Tensor:
                         parts += value.shape, value.dtype, value.requires_grad
-                    elif kind in _PLAIN:
+                    elif kind in _QUICK:
                         parts += kind, value
                     else:
                         parts = None
@@ -121,10 +120,10 @@ class Before:
                     for name, value in kwargs.items():
                         kind = type(value)
                         if kind is _Tensor and not (
-                            name.startswith(_MAYBE) and tells_boundaries(name, value, root.flash)
+                            name.startswith(MAY_TELL_BOUNDARIES) and tells_boundaries(name, value, root.flash)
                         ):
                             parts += name, value.shape, value.dtype, value.requires_grad
-                        elif kind in _PLAIN:
+                        elif kind in _QUICK:
                             parts += name, kind, value
                         else:
                             parts = None
@@ -195,12 +194,6 @@ def has_closure(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
     return any(callable(value) for value in args[1:]) or callable(kwargs.get("closure"))
 
 
-def _look_closer(left: int) -> None:
-    """Nothing is taken to be as it was: in the steps to come (0), or even in those under way (-1)."""
-    for repeat in _repeats:
-        repeat.left = min(repeat.left, left)
-
-
 class _Instruments:
     """What is put in place process-wide, counted: the first meter puts it there, the last one takes it away."""
 
@@ -251,7 +244,8 @@ class _Instruments:
     def _listen(self, module: ModuleType) -> Any:
         def note(_: Any) -> None:
             self.compilations += 1
-            _look_closer(-1)
+            for repeat in _repeats:
+                repeat.left = -1
 
         handler = module.callback_handler
         clear, callbacks = handler.clear, handler.start_callbacks
