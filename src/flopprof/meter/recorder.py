@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from copy import copy
 from typing import Any
 
 import torch
@@ -194,7 +193,7 @@ class Recorder:
         """An event comes, perhaps in a step that the next ones may be held against."""
         if self._moments is None or self._step is None:
             return
-        step = copy(self._step)
+        step = self._step.again()
         step.batch = None
         self._moments.append(Moment(event, step, *self.tracker.here()))
 

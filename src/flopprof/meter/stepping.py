@@ -14,7 +14,7 @@ from flopprof.meter.recorder import Recorder
 from flopprof.meter.steps import OpenStep
 
 # Records of steps are made so many at a time, where nobody waits for one: each alone finds its code out of the caches.
-_TOGETHER = 64
+_TOGETHER = 256
 
 
 class Stepping:

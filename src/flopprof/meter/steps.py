@@ -12,7 +12,6 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
-from copy import copy
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
@@ -49,6 +48,12 @@ class OpenStep:
     def ordinary(self) -> bool:
         """Is it like most steps are?"""
         return not (self.spans or self.unpadded or self.left_out or self.unseen)
+
+    def again(self) -> OpenStep:
+        """One more like it. (copy.copy takes five times as long.)"""
+        step = OpenStep()
+        step.__dict__.update(self.__dict__)
+        return step
 
 
 def _open_modes() -> tuple[int, ...]:
@@ -189,7 +194,7 @@ class Repeat:
     def open(self) -> tuple[OpenStep, Here]:
         """The step under way, to be followed at length from here on; and where it is."""
         moment = self._moments[self.at]
-        step = copy(moment.step)
+        step = moment.step.again()
         step.start, step.data_wait_s, step.compilations = self._start, self.waited, self._compilations
         made = self.made + (self.events[self.at - 1][0] if self.at else 0)
         # Of a mode that was not open then and is open now, it is not known whether it was opened in this step.
@@ -202,6 +207,6 @@ class Repeat:
         """The steps that are over and were not told of yet."""
         done, self.done = self.done, []
         for start, end, host_end, waited in done:
-            step = copy(self._step)
+            step = self._step.again()
             step.start, step.end, step.host_end, step.data_wait_s = start, end, host_end, waited
             yield step
