@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from flopprof.meter.fitting import Fit, fitted
+from flopprof.meter.fitting import Forms
 from flopprof.meter.work import Work
 
 Ints = tuple[int, ...]
 # So many entries a table holds before it is begun anew: it only saves time.
 MOST = 1 << 14
-# Of the counts of one place, so many are fitted to; a place that this many do not fit is not tried again each time.
-_MOST_SAMPLES = 32
 # After so many evaluations of a form the next one is counted instead, which proves it again or refutes it.
 _CHECKS = frozenset(4**k for k in range(2, 20))
 
@@ -93,7 +91,7 @@ class Place:
     """
 
     __slots__ = (
-        *("children", "depth", "done", "evaluations", "fit", "known", "missed", "opens", "over", "plain", "recorded"),
+        *("children", "depth", "done", "evaluations", "forms", "known", "missed", "opens", "over", "plain", "recorded"),
         *("sight", "starts", "told", "tries"),
     )
 
@@ -107,7 +105,7 @@ class Place:
         self.starts: dict[Ints, Start] = {}
         self.done: dict[Ints, Done] = {}
         self.known: dict[Ints, Work] = {}
-        self.fit: Fit | None = None
+        self.forms: Forms | None = Forms()  # None: what is counted here is assumed, and tells nothing of other sizes
         self.evaluations = self.missed = self.tries = 0
 
     def child(self, structure: Any) -> Place:
@@ -141,7 +139,7 @@ class Place:
                 if done[:-1] == ints:
                     found.known = True
                     found.counts.add(-1 - done[-1])
-        if not found.known and self.fit is not None and self.fit.covers(ints):
+        if not found.known and self.forms is not None and self.forms.at(ints) is not None:
             self.evaluations += 1
             found.known = self.evaluations not in _CHECKS
         return found
@@ -157,47 +155,48 @@ class Place:
             found = self.done[ints] = Done(self, ints)
         if found.work is None:
             found.work = self.known.get(ints)
-            if found.work is None and self.fit is not None:
-                numbers = self.fit.at(ints)
+            if found.work is None and self.forms is not None:
+                numbers = self.forms.at(ints)
                 found.work = None if numbers is None else Work.of_numbers(numbers)
         return found
 
     def learn(self, done: Done, work: Work) -> Work | None:
         """Note a count; returns the other one that was held true here until now, if there was one."""
         before, done.work = done.work, work
-        wrong = before is not None and before.numbers() != work.numbers()
-        self.note(done.ints, work, again=wrong)
-        if not wrong:
+        self.note(done.ints, work)
+        if before is None or before.numbers() == work.numbers():
             return None
         for other in self.done.values():
             if other is not done:
                 other.work = self.known.get(other.ints)
+        for start in self.starts.values():
+            start.known = bool(start.counts)
         return before
 
-    def note(self, ints: Ints, work: Work, *, again: bool = False) -> None:
-        """A count is true here; again: fit anew, whatever there is."""
+    def note(self, ints: Ints, work: Work) -> None:
+        """A count is true here."""
         self.known[ints] = work
         self.tries = 0
         start = self.start(ints[:-1])
         start.known = True
         start.counts.add(-1 - ints[-1])
-        if again or self.fit is None or self.fit.at(ints) is None:
-            self._fit()
+        self._tell(ints, work)
+
+    def _tell(self, ints: Ints, work: Work) -> None:
+        if work.assumptions:
+            self.forms = None
+        elif self.forms is not None:
+            self.forms.add(ints, work.numbers())
 
     def recall(self, known: dict[Ints, Work]) -> None:
         """What was counted in another process."""
         self.known = known
-        self._fit()
+        self._fit_anew()
 
-    def _fit(self) -> None:
-        self.fit = None
-        if len(self.known) < 2 or any(work.assumptions for work in self.known.values()):
-            return
-        count = len(self.known)
-        if count > _MOST_SAMPLES and count & (count - 1):
-            return
-        latest = list(self.known.items())[-_MOST_SAMPLES:]
-        self.fit = fitted({ints: work.numbers() for ints, work in latest})
+    def _fit_anew(self) -> None:
+        self.forms = Forms()
+        for ints, work in self.known.items():
+            self._tell(ints, work)
 
     def forget_nodes(self) -> None:
         """Numbers of nodes tell nothing from now on: what was counted holds whatever they are."""
@@ -209,7 +208,7 @@ class Place:
             self.known[plain] = work
             kept = self.done[plain] = done.get(ints) or Done(self, plain)
             kept.ints, kept.work = plain, work
-        self._fit()
+        self._fit_anew()
 
 
 def roots(sight: Sight) -> tuple[Place, Place, Place]:
