@@ -36,6 +36,7 @@ logger = logging.getLogger(__name__)
 _modes = torch._C._len_torch_dispatch_stack
 _mode_at = torch._C._get_dispatch_stack_at
 _nodes_made = torch._C._autograd._get_sequence_nr
+_inference = torch.is_inference_mode_enabled
 # So often a segment is counted again because it made other nodes than when it was counted.
 _DOUBTS = 2
 # So often a step is counted because something in the one before it could not be.
@@ -73,6 +74,8 @@ class Tracker:
         self._trail: list[Done] = []
         self._made = 0
         self._modes = 0
+        self._inference: bool | None = False  # at the start of the step; None: not known
+        self._left: FlopCounter | None = None  # that could not be closed where it was no longer needed
         self._closure = False
 
     @property
@@ -85,6 +88,8 @@ class Tracker:
         """A step begins; structure and ints of what it is given, where only that tells steps apart."""
         self._trail = []
         self._closure = False
+        self._inference = _inference()
+        self.leave_late()
         self._modes = _modes()
         self._graph = None
         self._steps += 1
@@ -116,6 +121,7 @@ class Tracker:
         self._steps += 1
         self._segment, self._trail, self._made, self._modes = here
         self._closure = self.whole = False
+        self._inference = None if _inference() else False
         self._graph = None
 
     def here(self) -> tuple[Segment | None, int]:
@@ -177,7 +183,7 @@ class Tracker:
     def interrupt(self) -> None:
         """What runs from here to the next event is no part of the step."""
         self._settle()
-        if self.counter is not None and _mode_at(_modes() - 1) is self.counter:
+        if self.counter is not None and _mode_at(_modes() - 1) is self.counter and _inference() == self._inference:
             self._leave()
 
     def finish(self) -> tuple[Done, ...]:
@@ -200,6 +206,12 @@ class Tracker:
         if self.counter is not None:
             self._leave()
         self._trail = []
+
+    def leave_late(self) -> None:
+        """Close a counter that could not be closed at the end of its step."""
+        if self._left is not None and not _inference():
+            _close(self._left)
+            self._left = None
 
     def lose_sight(self) -> None:
         """Something runs compiled: from now on, nodes are not looked at, nor those that were counted."""
@@ -325,11 +337,13 @@ class Tracker:
     def _count_now(self, start: Start) -> None:
         # Where a graph begins, or a plain backward: what runs from here on needs nothing that ran before it. (A mode
         # may be opened inside other contexts of the loop's only where it is sure to be closed before them; in a step
-        # of an optimizer, hooks are being called that a counter would add to.)
+        # of an optimizer, hooks are being called that a counter would add to. The end of inference mode brings back
+        # what of modes there was at its beginning: a counter is opened and closed on the same side of it.)
         place = start.place
         # The backward of a compiled forward runs other operators than those that it stands for.
         plain = place.plain and self._attention == "full" and not anything_compiled()
-        if (place.depth == 0 or plain) and place.opens and not self._closure and _modes() == self._modes:
+        free = not self._closure and _modes() == self._modes and _inference() == self._inference
+        if (place.depth == 0 or plain) and place.opens and free:
             self._open()
         else:
             self._try_again(place)
@@ -352,9 +366,16 @@ class Tracker:
     def _leave(self) -> None:
         counter, self.counter = self.counter, None
         assert counter is not None
-        above = []
-        while _modes() and _mode_at(_modes() - 1) is not counter:  # somebody left a mode of their own open
-            above.append(_pop_mode())
-        counter.__exit__(None, None, None)
-        for mode in reversed(above):
-            _push_mode(mode)
+        if _inference() == self._inference:
+            _close(counter)
+        else:
+            self._left = counter
+
+
+def _close(counter: FlopCounter) -> None:
+    above = []
+    while _modes() and _mode_at(_modes() - 1) is not counter:  # somebody left a mode of their own open
+        above.append(_pop_mode())
+    counter.__exit__(None, None, None)
+    for mode in reversed(above):
+        _push_mode(mode)
