@@ -226,7 +226,7 @@ def test_what_a_script_of_that_convention_prints(name: str) -> None:
     flops = {
         "nanogpt": 24 * (6 * (n - 16 * 32) + 12 * 2 * 32 * 8),  # estimate_mfu: N without wpe, 12 L H Q T
         "palm": 24 * palm_flops_per_token(n, shape),
-        "megatron": korthikanti_training(shape, 3),
+        "megatron": korthikanti_training(shape, 3),  # of a GPT
         "torchtitan": 24 * torchtitan_flops_per_token(n, shape),
     }[name]
     peak = 312e12 if name == "nanogpt" else 1e9

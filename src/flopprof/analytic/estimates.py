@@ -197,6 +197,32 @@ def korthikanti_training(shape: TransformerShape, batch: int, *, recompute: Reco
     return _iteration(shape, batch, recompute, "Korthikanti 2022, appendix A")
 
 
+def megatron_training(shape: TransformerShape, batch: int) -> int:
+    """Model FLOPs of one iteration that Megatron-LM reports (training.py, `num_floating_point_operations`, 2024).
+
+    12 B s L h^2 ((1 + g / a + s / h) q / h + k m f / h + m e / h + V / (2 L h)): a heads of q / a each, g of keys and
+    values; feed-forwards of width f, k of them for each token, and shared experts of width e in all; m is 3/2 where
+    they are gated. For a GPT this is `korthikanti_training`. V is not padded here. Later versions halve attention for
+    its causal mask. Raises ValueError for an encoder, latent attention, and experts in some of the layers only.
+    """
+    missing = [
+        name
+        for name, present in (
+            ("an encoder beside the decoder", shape.encoder_layers > 0),
+            ("attention in a latent space", shape.attention_parameters is not None),
+            ("experts in some of the layers only", shape.experts > 0 and shape.dense_layers > 0),
+        )
+        if present
+    ]
+    if missing:
+        raise ValueError(f"Megatron-LM's formula does not cover {', '.join(missing)}.")
+    s, layers, h, q = shape.seq, shape.layers, shape.d_model, shape.d_attention
+    visited = (shape.experts_per_token + shape.shared_experts) * shape.d_ff_expert if shape.experts else shape.d_ff
+    attention = 12 * h * (q + shape.kv_heads * shape.d_head) + 12 * s * q
+    feed_forward = (18 if shape.gated else 12) * h * visited
+    return batch * s * (layers * (attention + feed_forward) + 6 * h * shape.vocab)
+
+
 def _iteration(shape: TransformerShape, batch: int, recompute: Recompute, source: str) -> int:
     _megatron(shape, source)
     s, layers, h = shape.seq, shape.layers, shape.d_model

@@ -13,7 +13,7 @@ from typing import Any
 from flopprof.errors import NoPeak
 
 _GIGA, _TERA = 10**9, 10**12
-_FLOAT8 = ("float8_e4m3fn", "float8_e5m2")
+FLOAT8 = ("float8_e4m3fn", "float8_e5m2")
 _PREFERRED = ("bfloat16", "float16", "tf32", "float32")
 _SHORT = {
     "fp64": "float64",
@@ -140,7 +140,7 @@ def devices() -> tuple[Device, ...]:
 
 def _device(row: dict[str, Any], date: str) -> Device:  # TOML: values of any type
     peaks: dict[str, int] = {}
-    float8 = tuple(row.get("float8", _FLOAT8 if "float8" in row["tflops"] else ()))
+    float8 = tuple(row.get("float8", FLOAT8 if "float8" in row["tflops"] else ()))
     for name, tflops in row["tflops"].items():
         for key in float8 if name == "float8" else (canonical(name),):
             peaks[key] = round(tflops * _TERA)

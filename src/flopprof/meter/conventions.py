@@ -3,7 +3,8 @@
 nanogpt      `estimate_mfu` of nanoGPT's model.py: 6 N + 12 L H Q T per token, N without position embeddings, over the
              312e12 that it holds every device to
 palm         PaLM (Chowdhery 2022, appendix B): 6 N + 12 L H Q T per token, all parameters
-megatron     Megatron-LM's throughput per GPU: 72 B L s h^2 (1 + s / (6 h) + v / (12 h L)) per iteration
+megatron     Megatron-LM's throughput per GPU (`num_floating_point_operations`): 72 B L s h^2 (1 + s / (6 h) +
+             v / (12 h L)) per iteration of a GPT; with grouped queries, gated feed-forwards and experts as it has them
 torchtitan   6 (N - untied embedding) + 6 L H (d_qk + d_v) T per token, without idle experts
 """
 
@@ -15,7 +16,7 @@ from typing import Any
 
 from flopprof.analytic import (
     TransformerShape,
-    korthikanti_training,
+    megatron_training,
     nanogpt_flops_per_token,
     palm_flops_per_token,
     torchtitan_flops_per_token,
@@ -40,7 +41,7 @@ def _palm(shape: TransformerShape, sequences: int, n: int, positions: int) -> in
 
 
 def _megatron(shape: TransformerShape, sequences: int, n: int, positions: int) -> int:
-    return korthikanti_training(shape, sequences)
+    return megatron_training(shape, sequences)
 
 
 def _torchtitan(shape: TransformerShape, sequences: int, n: int, positions: int) -> int:
@@ -106,7 +107,7 @@ class Teller:
 
 def teller(name: str) -> Teller:
     """The convention of that name. Raises UsageError."""
-    if name not in _FORMULAS:
+    if not isinstance(name, str) or name not in _FORMULAS:
         raise UsageError(f"convention {name!r} is none of {', '.join(_FORMULAS)}.")
     return Teller(name, _FORMULAS[name])
 

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable, Sequence
 import msgspec
 
 Peak = Callable[[str], float | None]
+# Steps, and what they are held against: FLOP/s by rate, and bytes per second.
+Part = tuple[Sequence["StepRecord"], Peak, float | None]
 
 
 class StepRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, gc=False):
@@ -86,23 +88,29 @@ def timed(records: Iterable[StepRecord]) -> list[StepRecord]:
 
 def figures(records: Sequence[StepRecord], peak: Peak, bytes_per_s: float | None = None) -> Figures | None:
     """The figures of these steps together; None where there is none, or no time passed."""
+    return figures_of([(records, peak, bytes_per_s)])
+
+
+def figures_of(parts: Sequence[Part]) -> Figures | None:
+    """As `figures`, of steps that are not all held against the same: an ideal time is the sum of those of the parts."""
+    parts = [part for part in parts if part[0]]
+    records = [record for some, _, _ in parts for record in some]
     time_s = sum(record.step_time_s for record in records)
     if not records or time_s <= 0:
         return None
-    flops = flops_by_rate(records)
+    tables = [(flops_by_rate(some), peak) for some, peak, _ in parts]
     tokens = sum(record.tokens for record in records)
     effective = [record.effective_tokens for record in records if record.effective_tokens is not None]
     samples = sum(record.samples for record in records)
-    moved = sum(record.bytes_moved for record in records)
-    model, hardware = (sum(row[i] for row in flops.values()) for i in (0, 1))
+    model, hardware = (sum(row[i] for table, _ in tables for row in table.values()) for i in (0, 1))
     return Figures(
         steps=len(records),
         time_s=time_s,
         model_flops=model,
         hardware_flops=hardware,
-        mfu=_utilisation(flops, 0, peak, time_s),
-        hfu=_utilisation(flops, 1, peak, time_s),
-        mbu=None if bytes_per_s is None else moved / bytes_per_s / time_s,
+        mfu=_share([_ideal(table, 0, peak) for table, peak in tables], time_s),
+        hfu=_share([_ideal(table, 1, peak) for table, peak in tables], time_s),
+        mbu=_share([_moving(some, limit) for some, _, limit in parts], time_s),
         model_flops_per_s=model / time_s,
         hardware_flops_per_s=hardware / time_s,
         tokens_per_s=tokens / time_s if tokens else None,
@@ -134,9 +142,18 @@ def ideal_time_s(flops: dict[str, int], peak: Peak) -> float | None:
     return seconds
 
 
-def _utilisation(flops: dict[str, tuple[int, int]], which: int, peak: Peak, time_s: float) -> float | None:
-    ideal = ideal_time_s({rate: row[which] for rate, row in flops.items()}, peak)
-    return None if ideal is None else ideal / time_s
+def _ideal(flops: dict[str, tuple[int, int]], which: int, peak: Peak) -> float | None:
+    return ideal_time_s({rate: row[which] for rate, row in flops.items()}, peak)
+
+
+def _moving(records: Iterable[StepRecord], bytes_per_s: float | None) -> float | None:
+    return None if bytes_per_s is None else sum(record.bytes_moved for record in records) / bytes_per_s
+
+
+def _share(ideal: Sequence[float | None], time_s: float) -> float | None:
+    """None where one of the times is not known."""
+    known = [seconds for seconds in ideal if seconds is not None]
+    return sum(known) / time_s if len(known) == len(ideal) else None
 
 
 def percentiles(values: Sequence[float]) -> Percentiles:

@@ -24,6 +24,8 @@ _MOST_SYMBOLS = 3
 _HIGHEST = 3
 # To so many of the latest counts a form is fitted; where these have none, it is not tried again each time.
 _MOST_SAMPLES = 32
+# What made no difference in so many counts is taken to make none a little beyond them, too.
+_SETTLED = 16
 _NODES = "nodes"
 _AMONG_SIZES = ((-1,),)
 
@@ -131,6 +133,9 @@ class Fit:
         self._columns, self._used, self._basis = columns, used, basis
         self._table, self._divisor = table, divisor
         self._varying = [column.first for column in columns if not column.constant]
+        self._idle: set[int] = set()
+        if len(points) > _SETTLED:
+            self._idle = set(self._varying) - {columns[i].first for i in used}
         # What the counts tell apart of the varying sizes and their products.
         self._known = _Span([self._described(point) for point in points]) if len(self._varying) > 1 else None
         self._hulls = {
@@ -139,7 +144,7 @@ class Fit:
 
     def at(self, sizes: Sizes) -> dict[Name, int] | None:
         """Its values at these sizes, which may lack the last ones; None where it is not proved."""
-        if not all(column.covers(sizes) for column in self._columns):
+        if not all(column.covers(sizes, beyond=column.first in self._idle) for column in self._columns):
             return None
         if not all(_within((sizes[i], sizes[j]), hull) for (i, j), hull in self._hulls.items()):
             return None
@@ -180,10 +185,14 @@ class Column:
         """Is it the same in every count?"""
         return self.low == self.high
 
-    def covers(self, sizes: Sizes) -> bool:
-        """Do these sizes go together so, between those that were counted and on their lattice?"""
+    def covers(self, sizes: Sizes, *, beyond: bool) -> bool:
+        """Do these sizes go together so, between those that were counted and on their lattice?
+
+        beyond: or no further from these than they are from each other.
+        """
         value = sizes[self.first]
-        if not self.low <= value <= self.high or (self.step and (value - self.start) % self.step):
+        more = self.high - self.low if beyond else 0
+        if not self.low - more <= value <= self.high + more or (self.step and (value - self.start) % self.step):
             return False
         return all(sizes[i] - value == offset for i, offset in self.offsets.items())
 

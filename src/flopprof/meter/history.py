@@ -14,11 +14,11 @@ from flopprof.meter.conventions import Teller, teller
 from flopprof.meter.figures import Figures, StepRecord, figures, flops_by_rate, timed
 from flopprof.meter.peaks import Peaks
 from flopprof.meter.places import Done
-from flopprof.meter.ranks import path_of_rank, place_of_process
+from flopprof.meter.ranks import path_of_rank, place_of_process, shares_data
 from flopprof.meter.recorder import NO_PAUSES, Recorder
-from flopprof.meter.records import SCHEMA, RecordWriter, RunPeaks, RunStart
+from flopprof.meter.records import SCHEMA, RecordWriter, RunBetween, RunPeaks, RunStart
 from flopprof.meter.steps import OpenStep
-from flopprof.meter.summary import Summary, over_peak
+from flopprof.meter.summary import Summary, over_peak, row_of
 from flopprof.meter.work import Work
 from flopprof.profile import Attention
 
@@ -59,6 +59,7 @@ class History:
         self._started = wall()
         self._writer: RecordWriter | None = None
         self._written: set[str] = set()
+        self._held: list[RunBetween] = []  # until there is a file to write them to
         self._signatures: dict[tuple[Done, ...], int] = {}
         self._unknown: dict[int, tuple[Done, ...]] = {}  # steps without a count so far, by their place in records
         self._kinds: dict[tuple[Done, ...], _Kind] = {}
@@ -83,9 +84,23 @@ class History:
         """Was there a whole step of these segments?"""
         return segments in self._signatures
 
-    def passed(self, name: str, seconds: float) -> None:
-        """Time between steps."""
+    def passed(self, name: str, seconds: float, *, step: int, at: float | None = None) -> None:
+        """Time between steps, until `at` of the host's clock (None: now). step: the number of the next one."""
         self._rows[name] = self._rows.get(name, 0.0) + seconds
+        if self._path is not None and seconds:
+            ended = self._epoch + (self._recorder.clock() if at is None else at)
+            self._held.append(RunBetween(between=name, seconds=seconds, step=step, ended_at=ended))
+            self._write_held()
+
+    def _evaluated(self, *, wait: bool) -> None:
+        """Take in the evaluations between steps that are over."""
+        for seconds, step, at in self._recorder.between.over(self._recorder.timer, wait=wait):
+            self.passed("evaluation", seconds, step=step, at=at)
+
+    def _evaluation_s(self) -> float:
+        """Of evaluations between steps, in all: that under way until now."""
+        self._evaluated(wait=True)
+        return self._rows.get("evaluation", 0.0) + self._recorder.between.under_way_s(self._recorder.timer)
 
     # --- records -----------------------------------------------------------------------------------------------------
     def add(self, step: OpenStep, sizes: tuple[Any, Any], *, wait: bool) -> bool:
@@ -181,6 +196,7 @@ class History:
             start = RunStart(
                 rank=rank,
                 world_size=size,
+                shared_data=size > 1 and shares_data(self._recorder.models),
                 started_at=self._started,
                 schema=SCHEMA,
                 attention=self._attention,
@@ -195,7 +211,15 @@ class History:
         if new:
             self._written |= new
             self._writer.write(RunPeaks(peaks=self.peaks.describe(new), reason=self.peaks.reason))
+        self._evaluated(wait=False)
+        self._write_held()
         self._writer.write(record)
+
+    def _write_held(self) -> None:
+        if self._writer is not None:
+            for line in self._held:
+                self._writer.write(line)
+            self._held.clear()
 
     # --- what they add up to -----------------------------------------------------------------------------------------
     def latest(self, steps: int | None = None) -> Figures | None:
@@ -215,7 +239,7 @@ class History:
         records = self.records
         usable = timed(records)
         limit, bandwidth = self.peaks.flops_per_s, self.peaks.bytes_per_s
-        whole = figures(usable, limit, bandwidth)
+        whole, window = (figures(some, limit, bandwidth) for some in (usable, usable[-self.window :]))
         left_out: dict[str, int] = {}
         for record in records:
             reason = record.left_out[0] if record.left_out else "uncounted" if record.flops is None else ""
@@ -241,19 +265,21 @@ class History:
             samples=sum(record.samples for record in records),
             optimizer_steps=sum(record.optimizer_steps for record in records),
             whole=whole,
-            window=figures(usable[-self.window :], limit, bandwidth),
+            window=window,
             rows=self._times(),
             peak_memory_bytes=_peak_memory(self.device),
             energy_j=energy_j,
             joules_per_token=None if energy_j is None or not energy_tokens else energy_j / energy_tokens,
             convention=told,
-            notes=tuple(self._notes(whole)),
+            notes=tuple(self._notes(whole, window)),
         )
 
-    def _notes(self, whole: Figures | None) -> list[str]:
+    def _notes(self, whole: Figures | None, window: Figures | None) -> list[str]:
         notes = list(self._recorder.notes())
         if self._unknown:
-            notes.append(f"{len(self._unknown)} steps are in no figure: nothing like them was counted yet.")
+            unknown = len(self._unknown)
+            those, like = ("1 step is", "it") if unknown == 1 else (f"{unknown} steps are", "them")
+            notes.append(f"{those} in no figure: nothing like {like} was counted yet.")
         if whole is None:
             notes.append("no step is timed yet: the first ones, and those that are counted, are in no figure.")
         elif whole.mfu is None:
@@ -261,32 +287,30 @@ class History:
         elif self.peaks.measured:
             notes.append("MFU and HFU are of a peak that was measured, not of the vendor's.")
         if whole is not None:
-            notes += over_peak(whole)
+            notes += over_peak(whole, window)
         return notes
 
     def _times(self) -> dict[str, float]:
         rows = {"steps": 0.0, "left_out": 0.0, "data_wait": 0.0, "evaluation": 0.0}
-        rows["evaluation"] += self._recorder.evaluation_between_s()
         for record in self.records:
             rows["left_out" if record.left_out or record.flops is None else "steps"] += record.step_time_s
             rows["data_wait"] += record.data_wait_s
             rows["evaluation"] += record.evaluation_s
             for name, seconds in record.paused_s.items():
-                rows[name] = rows.get(name, 0.0) + seconds
-        for name, seconds in self._rows.items():
-            rows[name] = rows.get(name, 0.0) + seconds
+                rows[row_of(name)] = rows.get(row_of(name), 0.0) + seconds
+        for name, seconds in {**self._rows, "evaluation": self._evaluation_s()}.items():
+            rows[row_of(name)] = rows.get(row_of(name), 0.0) + seconds
         return rows
 
     # --- resuming ----------------------------------------------------------------------------------------------------
     def state(self) -> dict[str, Any]:
         """Plain values that `restore` goes on from."""
         number_of = self._recorder.tracker.numbered()
-        between = self._recorder.evaluation_between_s() + self._rows.get("evaluation", 0.0)
         return {
             "records": [msgspec.to_builtins(record) for record in self.records],
             "signatures": [number_of(segments) for segments in self._signatures],
             "uncounted": dict(self._uncounted),
-            "rows": {**self._rows, "evaluation": between},
+            "rows": {**self._rows, "evaluation": self._evaluation_s()},
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -298,10 +322,12 @@ class History:
         self._unknown.clear()
         self._uncounted = dict(state["uncounted"])
         self._rows = dict(state["rows"])
+        self._recorder.between.forget()
 
     def close(self) -> None:
         """Close the file."""
         self.fill()
+        self._evaluated(wait=True)
         if self._writer is not None:
             self._writer.close()
 

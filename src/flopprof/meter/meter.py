@@ -7,9 +7,11 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
+import msgspec
 import torch
 
-from flopprof.errors import UsageError
+from flopprof.errors import FlopprofError, UsageError
+from flopprof.meter.checks import check_function, check_models, check_records, size, whole
 from flopprof.meter.figures import Figures, StepRecord
 from flopprof.meter.history import History
 from flopprof.meter.peaks import Given, Peaks
@@ -84,7 +86,13 @@ class Meter(Stepping):
         }
         first = model if isinstance(model, Iterable) and not isinstance(model, torch.nn.Module) else [model]
         models = [*first, *more]
-        _check(models, attention, skip=skip, window=window, log_every=log_every, recount_every=recount_every)
+        check_models(models, attention)
+        for name, function in (("log", log), ("clock", clock), ("wall_clock", wall_clock)):
+            if function is not None or name == "wall_clock":
+                check_function(name, function)
+        if records is not None:
+            check_records(records)
+        sizes = size("tokens", tokens), size("samples", samples)
         self.attention: Attention = attention
         self.device = device_of(models)
         clock = clock or time.perf_counter
@@ -95,13 +103,18 @@ class Meter(Stepping):
             device=self.device,
             attention=attention,
             convention=convention,
-            window=window,
+            window=whole("window", window, 1),
             path=records,
             epoch=(wall_clock, clock),
         )
-        sizes = tokens, samples
         super().__init__(
-            recorder, history, sizes=sizes, skip=skip, recount_every=recount_every, log=log, log_every=log_every
+            recorder,
+            history,
+            sizes=sizes,
+            skip=whole("skip", skip, 0),
+            recount_every=None if recount_every is None else whole("recount_every", recount_every, 1),
+            log=log,
+            log_every=whole("log_every", log_every, 1),
         )
 
     # --- the loop ----------------------------------------------------------------------------------------------------
@@ -117,6 +130,7 @@ class Meter(Stepping):
         clock, batches = self._clock, iter(loader)
         try:
             while True:
+                self._evaluated()
                 asked = clock()
                 try:
                     batch = next(batches)
@@ -149,7 +163,7 @@ class Meter(Stepping):
 
     def watch(self, model: torch.nn.Module) -> None:
         """One more model whose calls tell steps apart."""
-        _check([model], self.attention)
+        check_models([model], self.attention)
         if not self._recorder.models and not self._begun:
             self.device = device_of([model])
             self._history.move(self.device)
@@ -222,7 +236,9 @@ class Meter(Stepping):
         """Takes the hooks off the models, and closes the file of records. What was found stays."""
         if self._open is not None:
             self.end_step(failed=True)
+        self._evaluated()
         self._settle(wait=True)
+        self._closed = True
         self._recorder.remove()
         self._history.close()
 
@@ -247,18 +263,31 @@ class Meter(Stepping):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from what `state_dict` gave: nothing that was counted then is counted again."""
+        if not isinstance(state, Mapping):
+            raise UsageError(f"this is no state of a Meter: it is of type {type(state).__name__}.")
         if state.get("version") != 1:
             raise UsageError(f"this is no state of a Meter, or of a newer one: version {state.get('version')!r}.")
+        lacking = [name for name in ("attention", "begun", "trained", "history", "counted") if name not in state]
+        if lacking:
+            raise UsageError(f"this is no state of a Meter: it lacks {', '.join(lacking)}.")
         if state["attention"] != self.attention:
             raise UsageError(
                 f"the state counts attention={state['attention']!r}, this meter {self.attention!r}: make it alike."
             )
         if self._open is not None:
             raise UsageError("a step of this meter is open: load its state between steps.")
-        self._settle()
+        before = self.state_dict()
         self._late.clear()
         self._recorder.forget()
-        self._begun = self._first = state["begun"]
+        try:
+            self._restore(state)
+        except (LookupError, TypeError, ValueError, AttributeError, FlopprofError, msgspec.MsgspecError) as error:
+            self._restore(before)
+            what = f"{type(error).__name__}, {error}"
+            raise UsageError(f"this is no state of a Meter, or it is spoilt: {what}.") from error
+
+    def _restore(self, state: Mapping[str, Any]) -> None:
+        self._begun = self._first = whole("begun", state["begun"], 0)
         self._recorder.trained = state["trained"]
         self._recorder.tracker.restore(state["counted"])
         self._history.restore(state["history"])
@@ -269,16 +298,3 @@ class Meter(Stepping):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(state["models"], **state["options"])  # type: ignore[misc]  # hooks and clocks are made anew
         self.load_state_dict(state["state"])
-
-
-def _check(models: Iterable[Any], attention: str, **numbers: Any) -> None:
-    for item in models:
-        if not isinstance(item, torch.nn.Module):
-            raise UsageError(f"Meter takes modules, got {type(item).__name__}.")
-    if attention not in ("full", "causal"):
-        raise UsageError(f"attention {attention!r} is neither 'full' nor 'causal'.")
-    for name, value in numbers.items():
-        least = 0 if name == "skip" else 1
-        optional = value is None and name == "recount_every"
-        if not optional and (isinstance(value, bool) or not isinstance(value, int) or value < least):
-            raise UsageError(f"{name} is a whole number of at least {least}, got {value!r}.")

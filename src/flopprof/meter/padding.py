@@ -2,26 +2,38 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
+
+
+class Padding(NamedTuple):
+    """Where a call tells padding: its argument of that place or name has this value there. tokens: padding included."""
+
+    argument: int | str
+    value: int
+    tokens: int
 
 
 class Unpadded:
     """Sums of attention masks."""
 
-    def seen(self, mask: torch.Tensor) -> Any:
-        """A mask of zeros and ones, or booleans: its sum, or a place where the sum will be."""
+    def seen(self, padding: Padding, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, int]:
+        """(tokens that are no padding, or a place where their number will be; all tokens) of a call."""
+        where = padding.argument
+        told = args[where] if isinstance(where, int) else kwargs[where]
         with torch._C._DisableTorchDispatch(), torch.no_grad():  # it is no work of the model's
-            count = mask.count_nonzero()
+            count = (told if padding.value == 0 else told != padding.value).count_nonzero()
             if count.device.type == "cpu":
-                return int(count)
+                return int(count), padding.tokens
             place = torch.empty((), dtype=count.dtype, pin_memory=True) if count.device.type == "cuda" else None
             if place is None:
-                return count
+                return count, padding.tokens
             place.copy_(count, non_blocking=True)
-            return place
+            return place, padding.tokens
 
-    def read(self, place: Any) -> int:
-        """The sum; of a device, only once it is past the step."""
-        return int(place)
+    def padded(self, seen: tuple[Any, int]) -> int:
+        """So many tokens of that call were padding; of a device, only once it is past the step."""
+        count, tokens = seen
+        return tokens - int(count)

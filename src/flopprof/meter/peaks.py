@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
+from numbers import Real
 from typing import Any
+
+import torch
 
 from flopprof import hardware
 from flopprof.errors import FlopprofError, UsageError
@@ -21,23 +25,20 @@ class Peaks:
         self._each: float | None = None
         self._device: Device | None = None
         self.reason = ""  # why a peak is not known
-        if isinstance(given, bool) or given == 0:
-            raise UsageError(f"peak is a Peak, FLOP/s, a device's name or peaks by dtype, got {given!r}.")
-        if isinstance(given, int | float):
-            self._each = float(given)
-        elif isinstance(given, str):
+        if isinstance(given, str):
             self._device = hardware.device(given)
-        elif isinstance(given, Peak):
-            self._by_dtype[given.dtype] = given
-        elif isinstance(given, Mapping):
+        elif isinstance(given, Real) and not isinstance(given, bool):
+            self._each = _positive("peak", given)
+        elif isinstance(given, Mapping) and given:
             for dtype, peak in given.items():
-                name = hardware.table.canonical(dtype)
-                self._by_dtype[name] = (
-                    peak if isinstance(peak, Peak) else Peak(device="given", dtype=name, flops_per_s=round(peak))
-                )
+                for name in _dtypes(dtype):
+                    self._by_dtype[name] = (
+                        _checked(peak) if isinstance(peak, Peak) else _peak_of(name, f"peak of {str(dtype)!r}", peak)
+                    )
         elif given is not None:
-            self._given = given = tuple(given)
-            self._by_dtype = {peak.dtype: peak for peak in given}
+            peaks = (given,) if isinstance(given, Peak) else _several(given)
+            self._given = peaks
+            self._by_dtype = {name: _checked(peak) for peak in peaks for name in _dtypes(peak.dtype)}
         else:
             try:
                 self._device = hardware.device(device)
@@ -99,3 +100,47 @@ class Peaks:
     def measured(self) -> bool:
         """Was it measured, and not looked up?"""
         return any(peak.measured for peak in self._by_dtype.values())
+
+
+def _several(given: Any) -> tuple[Peak, ...]:
+    try:
+        peaks = tuple(given)
+    except TypeError:
+        peaks = ()
+    if not peaks or not all(isinstance(peak, Peak) for peak in peaks):
+        shown = list(peaks) if peaks else given
+        raise UsageError(f"peak is a Peak, FLOP/s, a device's name or peaks by dtype, got {shown!r}.")
+    return peaks
+
+
+def _dtypes(dtype: Any) -> tuple[str, ...]:
+    """The names under which a dtype's rate is asked for."""
+    name = hardware.table.canonical(dtype)
+    if name == "float8":
+        return hardware.table.FLOAT8
+    found = getattr(torch, name, None)
+    if name != "tf32" and not isinstance(found, torch.dtype):
+        raise UsageError(f"peak is by dtype (float32, tf32, bf16 ...), got {dtype!r}.")
+    return (name if found is None else hardware.table.canonical(found),)
+
+
+def _positive(what: str, value: Any) -> float:
+    try:
+        number = float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
+    except OverflowError:
+        number = math.inf
+    if not 0 < number < math.inf:
+        raise UsageError(f"{what} is FLOP/s above 0, got {value!r}.")
+    return number
+
+
+def _peak_of(dtype: str, what: str, value: Any) -> Peak:
+    number = round(_positive(what, value))
+    if number == 0:
+        raise UsageError(f"{what} is FLOP/s above 0, got {value!r}.")
+    return Peak(device="given", dtype=dtype, flops_per_s=number)
+
+
+def _checked(peak: Peak) -> Peak:
+    _positive(f"peak of {peak.dtype!r}", peak.flops_per_s)
+    return peak

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from flopprof.meter.figures import Figures
-from flopprof.meter.summary import format_time, percent
+from flopprof.meter.summary import format_time, most_used, percent
 from flopprof.units import format_si
 
 _EVERY_S = 0.25
@@ -66,8 +66,8 @@ def line(steps: int, current: Figures | None, total: int | None = None) -> str:
         return "  ".join([*parts, "no step is timed yet"])
     if current.mfu is not None:
         parts += [f"MFU {percent(current.mfu)}", f"HFU {percent(current.hfu)}"]
-        if current.mfu > 1:
-            parts[-2] += " (cannot be: see the summary)"
+        if most_used(current) > 1:
+            parts[-2 if current.mfu > 1 else -1] += " (cannot be: see the summary)"
     else:
         parts.append("MFU not known")
     parts.append(format_si(current.model_flops_per_s, "FLOP/s"))

@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 
-from flopprof.meter.padding import Unpadded
+from flopprof.meter.between import Evaluations
+from flopprof.meter.floats import Floats
+from flopprof.meter.padding import Padding, Unpadded
 from flopprof.meter.places import Done
 from flopprof.meter.signature import Root, arguments, size_of
 from flopprof.meter.steps import Moment, OpenStep, Repeat
@@ -57,9 +59,7 @@ class Recorder:
         self._watch = Watch()
         self._step: OpenStep | None = None
         self._span: tuple[str, Any] | None = None  # a pause or an evaluation inside the step
-        self._outside: Any = None  # an evaluation between steps
-        self._between: list[tuple[Any, Any]] = []
-        self._between_s = 0.0
+        self.between = Evaluations()
         self._closures = False
         self._rebuilt = False  # a part of the models is another one
         self._looked = 0
@@ -69,6 +69,7 @@ class Recorder:
         self._alike = False  # it was the same as the one before it
         self._moments: list[Moment] | None = None  # of this step, where the next ones may be held against it
         self._unpadded = Unpadded()
+        self._floats = Floats()
         for model in models:
             self.add(model)
 
@@ -86,6 +87,7 @@ class Recorder:
         """Take the hooks off."""
         self.forget()
         self._watch.remove()
+        self.tracker.leave_late()
 
     @property
     def models(self) -> list[torch.nn.Module]:
@@ -151,9 +153,8 @@ class Recorder:
             self._rebuilt, self._looked = False, 0
             for root in self._roots:
                 root.refresh()
-        if self._outside is not None:
-            self._between.append((self._outside, self.timer.mark()))
-            self._outside = None
+        if self.between.start is not None:
+            self.end_outside(step.number, waited=step.data_wait_s)
         step.compilations = instruments.compilations
         step.start = self.timer.mark()
         if not self.opaque:
@@ -161,7 +162,8 @@ class Recorder:
         else:
             step.unseen = step.batch is None
             structure, ints = arguments((step.batch,), {})
-            self.tracker.begin(("given", *structure), ints, recount=recount)
+            structure = self._floats.told(("given", *structure), self.tracker._start.children)
+            self.tracker.begin(structure, ints, recount=recount)
         if self.tracker.counter is not None:
             step.left_out = ("counted",)
         self._moments = [] if learns and self._alike and not self.tracker.whole and not self.opaque else None
@@ -197,9 +199,13 @@ class Recorder:
         step.batch = None
         self._moments.append(Moment(event, step, *self.tracker.here()))
 
+    def end_outside(self, step: int, *, waited: float = 0.0) -> None:
+        """What is evaluated between steps was over before data was waited for that long; then that step comes."""
+        self.between.end(self.timer, step=step, at=self.clock(), waited=waited)
+
     def forget_outside(self) -> None:
         """Somebody else takes the time of what runs between steps."""
-        self._outside = None
+        self.between.start = None
 
     def pause(self, name: str) -> None:
         """What runs from here on is no part of the step."""
@@ -249,12 +255,12 @@ class Recorder:
             kept = self._describe(root, grad, event, args, kwargs)
         step.calls += 1
         if root.index == 0:
-            tokens, samples, mask = kept
+            tokens, samples, padding = kept
             if grad:
                 step.tokens += tokens
                 step.samples += samples
-                if mask:
-                    step.unpadded = (*step.unpadded, self._unpadded.seen(kwargs["attention_mask"]))
+                if padding is not None:
+                    step.unpadded = (*step.unpadded, self._unpadded.seen(padding, args, kwargs))
             else:
                 step.other_tokens += tokens
                 step.other_samples += samples
@@ -263,16 +269,18 @@ class Recorder:
 
     def _describe(
         self, root: Root, grad: bool, event: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-    ) -> tuple[int, int, bool]:
+    ) -> tuple[int, int, Padding | None]:
         """A call that is not known to follow here."""
         step = self._step
         assert step is not None
         root.refresh()
-        structure, ints = arguments(args, kwargs, root.flash)
+        structure, ints = arguments(args, kwargs, root.flash, root.names)
         about = root.index, root.module.training, grad, root.wanted() if grad else 0, root.cast(), root.weight()
-        kept = size_of(root.module, args, kwargs)
+        known = self.tracker._calls if grad else self.tracker._alone
+        structure = self._floats.told((*about, *structure), known.children)
+        kept = size_of(root, args, kwargs)
         counted = self.tracker.counter is not None
-        self.tracker.call(event or (about, structure, ints), (*about, structure), ints, kept, records=grad)
+        self.tracker.call(event or (structure, ints), structure, ints, kept, records=grad)
         if not counted and self.tracker.counter is not None:
             step.left_out = (*step.left_out, "counted")
         return kept
@@ -281,8 +289,8 @@ class Recorder:
         """A call that may be no part of the step; is it none?"""
         step = self._step
         if step is None:
-            if evaluates and root.trained and self._outside is None:
-                self._outside = self.timer.mark()
+            if evaluates and root.trained and self.between.start is None:
+                self.between.start = self.timer.mark()
                 self.repeat.left = 0
             return True
         if self._span is not None and self._span[0]:
@@ -304,6 +312,8 @@ class Recorder:
 
     def differentiated(self, parts: tuple[Any, ...]) -> None:
         """A backward pass starts. parts: the nodes so far, and what tells it apart."""
+        if torch._guards.TracingContext.try_get() is not None:
+            return  # a compiler differentiates what it compiles
         step = self.at_length()
         self._note(parts)
         event = parts[1:]
@@ -349,21 +359,14 @@ class Recorder:
                 evaluation += passed
         return whole, evaluation, paused
 
-    def evaluation_between_s(self) -> float:
-        """Seconds of evaluations between steps, so far."""
-        for start, end in self._between:
-            self._between_s += self.timer.seconds(start, end, wait=True) or 0.0
-        self._between.clear()
-        return self._between_s
-
     def work(self, segments: tuple[Done, ...]) -> Work | None:
         """What a step of these segments multiplied; None where one of them is not counted."""
         parts = [done.place.end(done.ints).work if done.work is None else done.work for done in segments]
         return None if any(part is None for part in parts) else total(part for part in parts if part is not None)
 
     def effective_tokens(self, step: OpenStep) -> int | None:
-        """Tokens without padding; None where no mask was seen."""
-        return sum(map(self._unpadded.read, step.unpadded)) if step.unpadded else None
+        """Tokens without padding; None where nothing tells it. Calls without a mask have none."""
+        return step.tokens - sum(map(self._unpadded.padded, step.unpadded)) if step.unpadded else None
 
     def notes(self) -> Iterator[str]:
         """What a reader of the figures must know."""
@@ -371,6 +374,8 @@ class Recorder:
             yield _OUTSIDE
         if self._closures:
             yield "what an optimizer with a closure multiplies itself depends on its state, and is in no count."
+        tracker = self.tracker
+        yield from self._floats.notes(*(place.children for place in (tracker._start, tracker._calls, tracker._alone)))
         if self.tracker.corrections:
             yield (
                 f"{self.tracker.corrections} counts differed from an earlier one of the same signature: work depends "

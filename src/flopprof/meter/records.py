@@ -35,6 +35,7 @@ class RunStart(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     reason: str = ""
     rank: int = 0
     world_size: int = 1
+    shared_data: bool = False
     skip: int = 0
 
 
@@ -45,11 +46,24 @@ class RunPeaks(msgspec.Struct, frozen=True, kw_only=True):
     reason: str = ""
 
 
+class RunBetween(msgspec.Struct, frozen=True, kw_only=True):
+    """Time between two steps, of which this is the number of the second: a pause's name, or evaluation."""
+
+    between: str
+    seconds: float
+    step: int
+    ended_at: float
+
+
+Line = RunStart | RunPeaks | RunBetween | StepRecord
+
+
 class Process(msgspec.Struct, frozen=True, kw_only=True):
     """What one process wrote."""
 
     start: RunStart
     records: tuple[StepRecord, ...]
+    between: tuple[RunBetween, ...] = ()
     peaks: dict[str, float] = {}
     reason: str = ""
 
@@ -70,7 +84,7 @@ class RecordWriter:
             os.write(handle, b"\n")
         self.write(start)
 
-    def write(self, line: RunStart | RunPeaks | StepRecord) -> None:
+    def write(self, line: Line) -> None:
         """One more line."""
         if self._close.alive:
             try:
@@ -99,31 +113,83 @@ def read(path: str | os.PathLike[str]) -> list[Process]:
         lines = Path(path).read_bytes().splitlines(keepends=True)
     except OSError as error:
         raise UsageError(f"cannot read {str(path)!r}: {error.strerror or error}.") from error
-    found: list[tuple[RunStart, list[StepRecord], dict[str, float], list[str]]] = []
+    found: list[_Found] = []
     for number, line in enumerate(lines, 1):
         try:
-            if b'"schema"' in line:
-                start = msgspec.json.decode(line, type=RunStart)
-                if start.schema != SCHEMA:
-                    raise UsageError(f"{path}, line {number}: schema {start.schema!r}; this flopprof reads {SCHEMA!r}.")
-                found.append((start, [], dict(start.peaks), [start.reason]))
-            elif line.startswith(b'{"peaks"'):
-                more = msgspec.json.decode(line, type=RunPeaks)
-                found[-1][2].update(more.peaks)
-                found[-1][3].append(more.reason)
-            elif line.strip():
-                found[-1][1].append(msgspec.json.decode(line, type=StepRecord))
-        except (msgspec.DecodeError, UnicodeDecodeError, IndexError) as error:
+            item = _decoded(line)
+            if isinstance(item, RunStart):
+                if item.schema != SCHEMA:
+                    raise UsageError(f"{path}, line {number}: schema {item.schema!r}; this flopprof reads {SCHEMA!r}.")
+                found.append(_Found(item))
+            elif item is not None and found:
+                found[-1].add(item)
+            elif item is not None and number < len(lines):
+                raise UsageError(
+                    f"{path}, line {number} is no record of a flopprof.Meter: such a file begins with their schema."
+                )
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
             if not _torn(lines, number):
                 raise UsageError(f"{path}, line {number} is no record of a flopprof.Meter: {error}.") from error
     if not found:
         raise UsageError(f"{str(path)!r} holds no records of a flopprof.Meter.")
-    return [
-        Process(start=start, records=tuple(records), peaks=peaks, reason=reasons[-1])
-        for start, records, peaks, reasons in found
-    ]
+    return [process.whole() for process in found]
+
+
+class _Found:
+    """What one process wrote, so far."""
+
+    def __init__(self, start: RunStart) -> None:
+        self._start = start
+        self._records: list[StepRecord] = []
+        self._between: list[RunBetween] = []
+        self._peaks, self._reason = dict(start.peaks), start.reason
+
+    def add(self, line: RunPeaks | RunBetween | StepRecord) -> None:
+        if isinstance(line, StepRecord):
+            self._records.append(line)
+        elif isinstance(line, RunBetween):
+            self._between.append(line)
+        else:
+            self._peaks.update(line.peaks)
+            self._reason = line.reason
+
+    def whole(self) -> Process:
+        return Process(
+            start=self._start,
+            records=tuple(self._records),
+            between=tuple(self._between),
+            peaks=self._peaks,
+            reason=self._reason,
+        )
+
+
+class _Line(msgspec.Struct):
+    """What tells a line from others: which of these it has."""
+
+    schema: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
+    peaks: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
+    between: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
+
+
+def _decoded(line: bytes) -> Line | None:
+    """What a line says; None for an empty one."""
+    if not line.strip():
+        return None
+    has = msgspec.json.decode(line, type=_Line)
+    if has.schema is not msgspec.UNSET:
+        return msgspec.json.decode(line, type=RunStart)
+    if has.peaks is not msgspec.UNSET:
+        return msgspec.json.decode(line, type=RunPeaks)
+    if has.between is not msgspec.UNSET:
+        return msgspec.json.decode(line, type=RunBetween)
+    return msgspec.json.decode(line, type=StepRecord)
 
 
 def _torn(lines: Sequence[bytes], number: int) -> bool:
     """Was this line left unfinished? It is the last one, or the next process began behind it."""
-    return number == len(lines) or (number > 1 and b'"schema"' in lines[number])
+    if number == len(lines):
+        return True
+    try:
+        return number > 1 and isinstance(_decoded(lines[number]), RunStart)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return False

@@ -5,15 +5,17 @@ from __future__ import annotations
 import os
 import statistics
 from collections.abc import Sequence
+from itertools import pairwise
 
 import msgspec
 
-from flopprof.meter.figures import StepRecord, figures, flops_by_rate, timed
-from flopprof.meter.records import Process, read
-from flopprof.meter.summary import Summary, over_peak
+from flopprof.meter.figures import Part, StepRecord, figures_of, flops_by_rate, timed
+from flopprof.meter.records import Process, RunBetween, read
+from flopprof.meter.summary import Summary, format_peaks, over_peak, row_of
 from flopprof.meter.world import World, rank_report, world_of
 
 _WINDOW = 100
+_NAMED = 4
 
 
 class Run(msgspec.Struct, frozen=True, kw_only=True):
@@ -26,6 +28,7 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
     goodput       the share of wall_s in which steps that count were made; one that was slow because it was the first,
                   compiled or counted, counts as long as the median step
     rows          where wall_s went, in seconds; they add up to it
+    shared_data   other ranks read the same data
     """
 
     rank: int
@@ -36,6 +39,7 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
     wall_s: float
     goodput: float | None
     rows: dict[str, float]
+    shared_data: bool = False
 
     def facts(self) -> list[tuple[str, str]]:
         """Labelled lines about restarts and time."""
@@ -51,27 +55,60 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
 def run_of(path: str | os.PathLike[str]) -> Run:
     """The run whose records are in a file. Raises UsageError where it holds none."""
     processes = read(path)
-    known = [filled(process.records) for process in processes]
-    kept: list[StepRecord] = []
-    repeated: list[StepRecord] = []
-    for records in known:
-        first = min((record.step for record in records), default=None)
-        if first is not None:
-            repeated += [record for record in kept if record.step >= first]
-            kept = [record for record in kept if record.step < first]
-        kept += records
+    made = [_Made(process) for process in processes]
+    for place, later in enumerate(made):
+        first = min((record.step for record in later.kept), default=None)
+        for earlier in made[:place]:
+            earlier.repeat(first)
+    repeated = sum(len(each.repeated) for each in made)
     start = processes[-1].start
-    rows, wall = _rows(processes, known, kept, repeated)
+    rows, wall = _rows(made)
     return Run(
         rank=start.rank,
         world_size=start.world_size,
-        summary=_summary(processes, kept),
+        summary=_summary(made),
         restarts=len(processes) - 1,
-        repeated=len(repeated),
+        repeated=repeated,
         wall_s=wall,
-        goodput=rows["steps"] / wall if wall > 0 and kept else None,
+        goodput=rows["steps"] / wall if wall > 0 and any(each.kept for each in made) else None,
         rows=rows,
+        shared_data=start.shared_data,
     )
+
+
+class _Made:
+    """What one process made: the steps that count, those that were done again later, and seconds between both."""
+
+    def __init__(self, process: Process) -> None:
+        self.process = process
+        self.kept, self.repeated = filled(process.records), list[StepRecord]()
+        self.between, self.in_vain = [*process.between], list[RunBetween]()
+        ends = [record.ended_at for record in process.records] + [line.ended_at for line in process.between]
+        self.ended_at = max(ends, default=process.start.started_at)
+
+    def repeat(self, first: int | None) -> None:
+        """A later process begins with that step (None: makes none): what lies behind its start is done again."""
+        if first is None:
+            return
+        self.repeated += [record for record in self.kept if record.step >= first]
+        self.kept = [record for record in self.kept if record.step < first]
+        self.in_vain += [line for line in self.between if line.step > first]
+        self.between = [line for line in self.between if line.step <= first]
+
+    def peaks(self, records: Sequence[StepRecord]) -> dict[str, float]:
+        """By rate, those of the rates in these steps."""
+        known = self.process.peaks
+        return {rate: known[rate] for rate in flops_by_rate(records) if rate in known}
+
+    def unknown(self, records: Sequence[StepRecord]) -> str:
+        """Why these steps have no MFU; empty where they have."""
+        known = self.process.peaks
+        rates = [rate for rate, (model, _) in flops_by_rate(records).items() if model and rate not in known]
+        return (self.process.reason or f"the peak of {', '.join(rates)} is not known.") if rates else ""
+
+    def part(self, records: Sequence[StepRecord]) -> Part:
+        """Some of its steps, and the peaks that it held them against."""
+        return records, self.process.peaks.get, self.process.start.bytes_per_s
 
 
 def world_of_runs(runs: Sequence[Run]) -> World | None:
@@ -79,7 +116,8 @@ def world_of_runs(runs: Sequence[Run]) -> World | None:
     sizes = {run.world_size for run in runs}
     if len(runs) < 2 or len({run.rank for run in runs}) < len(runs) or len(sizes) > 1:
         return None
-    return world_of([rank_report(run.summary, rank=run.rank) for run in runs], size=sizes.pop())
+    reports = [rank_report(run.summary, rank=run.rank, shared_data=run.shared_data) for run in runs]
+    return world_of(reports, size=sizes.pop())
 
 
 def filled(records: Sequence[StepRecord]) -> list[StepRecord]:
@@ -96,22 +134,25 @@ def filled(records: Sequence[StepRecord]) -> list[StepRecord]:
     return found
 
 
-def _summary(processes: Sequence[Process], records: Sequence[StepRecord]) -> Summary:
-    last = processes[-1]
-    peaks: dict[str, float] = {}
-    for process in processes:
-        peaks |= process.peaks
-    usable = timed(records)
-    whole = figures(usable, peaks.get, last.start.bytes_per_s)
+def _summary(made: Sequence[_Made]) -> Summary:
+    last = made[-1].process
+    records = [record for each in made for record in each.kept]
+    used = [(each, steps) for each in made if (steps := timed(each.kept))]
+    whole = figures_of([each.part(steps) for each, steps in used])
+    window = figures_of(_latest([each.part(steps) for each, steps in used], _WINDOW))
+    peaks, changed = _peaks(used)
+    labels = dict.fromkeys(each.process.start.peak for each, _ in used)
     notes: list[str] = []
     if whole is None:
         notes.append("no step is timed: the first ones, and those that are counted, are in no figure.")
     elif whole.mfu is None:
-        notes.append(f"no MFU: {last.reason or 'the peak of ' + ', '.join(flops_by_rate(usable)) + ' is not known.'}")
-    elif last.start.peak_measured:
+        notes.append(f"no MFU: {next(filter(None, (each.unknown(steps) for each, steps in used)))}")
+    elif any(each.process.start.peak_measured for each, _ in used):
         notes.append("MFU and HFU are of a peak that was measured, not of the vendor's.")
+    if changed:
+        notes.append(f"the peak changed: {changed}. Each step is held against that of the process that made it.")
     if whole is not None:
-        notes += over_peak(whole)
+        notes += over_peak(whole, window)
     left_out: dict[str, int] = {}
     for record in records:
         reason = record.left_out[0] if record.left_out else "uncounted" if record.flops is None else ""
@@ -120,9 +161,10 @@ def _summary(processes: Sequence[Process], records: Sequence[StepRecord]) -> Sum
     calls = sum(record.uncounted for record in records)
     return Summary(
         device=last.start.device,
-        peak=last.start.peak,
-        peaks={rate: peaks[rate] for rate in flops_by_rate(usable) if rate in peaks},
-        peak_measured=last.start.peak_measured,
+        peak=", then ".join(labels) or last.start.peak,
+        peaks=peaks,
+        peak_measured=any(each.process.start.peak_measured for each, _ in used),
+        peaks_differ=bool(changed),
         attention="causal" if last.start.attention == "causal" else "full",
         steps=len(records),
         counted_steps=sum("counted" in record.left_out for record in records),
@@ -134,19 +176,43 @@ def _summary(processes: Sequence[Process], records: Sequence[StepRecord]) -> Sum
         samples=sum(record.samples for record in records),
         optimizer_steps=sum(record.optimizer_steps for record in records),
         whole=whole,
-        window=figures(usable[-_WINDOW:], peaks.get, last.start.bytes_per_s),
+        window=window,
         rows={},
         notes=tuple(notes),
     )
 
 
-def _rows(
-    processes: Sequence[Process],
-    filled: Sequence[Sequence[StepRecord]],
-    kept: Sequence[StepRecord],
-    repeated: Sequence[StepRecord],
-) -> tuple[dict[str, float], float]:
+def _latest(parts: Sequence[Part], steps: int) -> list[Part]:
+    """So many of the latest steps."""
+    found: list[Part] = []
+    for records, peak, bytes_per_s in reversed(parts):
+        if steps:
+            some = records[-steps:]
+            steps -= len(some)
+            found.insert(0, (some, peak, bytes_per_s))
+    return found
+
+
+def _peaks(used: Sequence[tuple[_Made, Sequence[StepRecord]]]) -> tuple[dict[str, float], str]:
+    """(the peaks by rate that are the same in all processes, as far as is printed; what each is where they are not)."""
+    steps: dict[str, int] = {}
+    values: dict[str, dict[str, float]] = {}
+    for each, records in used:
+        peaks = each.peaks(records)
+        text = f"{format_peaks(peaks) or 'not known'} ({each.process.start.peak})"
+        steps[text] = steps.get(text, 0) + len(records)
+        for rate, peak in peaks.items():
+            values.setdefault(rate, {})[format_peaks({rate: peak})] = peak
+    same = {rate: next(iter(found.values())) for rate, found in values.items() if len(found) == 1}
+    told = [f"{text} in {count} steps" for text, count in steps.items()]
+    if len(told) > _NAMED:
+        told[_NAMED:] = [f"and {len(told) - _NAMED} others"]
+    return same, "" if len(same) == len(values) else ", ".join(told)
+
+
+def _rows(made: Sequence[_Made]) -> tuple[dict[str, float], float]:
     """(seconds by where they went, all of them)."""
+    kept = [record for each in made for record in each.kept]
     rows = dict.fromkeys(("steps", "slow_steps", "repeated", "data_wait", "evaluation"), 0.0)
     usual = statistics.median([record.step_time_s for record in timed(kept)] or [0.0])
     for record in kept:
@@ -158,18 +224,16 @@ def _rows(
         rows["data_wait"] += record.data_wait_s
         rows["evaluation"] += record.evaluation_s
         for name, seconds in record.paused_s.items():
-            rows[name] = rows.get(name, 0.0) + seconds
-    for record in repeated:
-        rows["repeated"] += _all_of(record)
-    ends = [max((record.ended_at for record in records), default=None) for records in filled]
-    down, before = 0.0, None
-    for process, end in zip(processes, ends, strict=True):
-        if before is not None:
-            down += max(process.start.started_at - before, 0.0)
-        before = end if end is not None else process.start.started_at
-    if len(processes) > 1:
-        rows["down"] = down
-    wall = (before or 0.0) - processes[0].start.started_at
+            rows[row_of(name)] = rows.get(row_of(name), 0.0) + seconds
+    for each in made:
+        for line in each.between:
+            rows[row_of(line.between)] = rows.get(row_of(line.between), 0.0) + line.seconds
+        rows["repeated"] += sum(map(_all_of, each.repeated)) + sum(line.seconds for line in each.in_vain)
+    if len(made) > 1:
+        rows["down"] = sum(
+            max(later.process.start.started_at - earlier.ended_at, 0.0) for earlier, later in pairwise(made)
+        )
+    wall = made[-1].ended_at - made[0].process.start.started_at
     rows["other"] = max(wall - sum(rows.values()), 0.0)
     return rows, wall
 

@@ -7,7 +7,12 @@ between which calls a form over shapes may be fitted.
 from __future__ import annotations
 
 import dataclasses
+import enum
+import inspect
 import itertools
+import math
+import numbers
+import sys
 from collections.abc import Iterator, Mapping
 from hashlib import blake2b
 from operator import attrgetter
@@ -15,6 +20,8 @@ from typing import Any
 
 import torch
 from torch.nn.parameter import is_lazy
+
+from flopprof.meter.padding import Padding
 
 Structure = tuple[Any, ...]  # nested tuples of hashable things
 _Tensor, _Parameter = torch.Tensor, torch.nn.Parameter
@@ -28,22 +35,25 @@ MAY_TELL_BOUNDARIES = (*_BOUNDARIES, "position_ids")  # how such names begin
 _DEEPEST = 8
 _TOKENS = ("decoder_input_ids", "input_ids", "tokens", "idx")
 _WORDS = 24  # characters: what is longer is a text, no choice
+_FLOAT = "a float"  # with a space, as no text that is kept has
+_WRAPPED = ("_orig_mod", "_fsdp_wrapped_module", "module")  # what wrappers call the module inside
+_NAMED = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 
 
 def arguments(
-    args: tuple[Any, ...], kwargs: Mapping[str, Any], flash: bool | None = None
+    args: tuple[Any, ...], kwargs: Mapping[str, Any], flash: bool | None = None, names: tuple[str, ...] = ()
 ) -> tuple[Structure, tuple[int, ...]]:
-    """Structure and integers of a call's arguments: dtypes, shapes, flags; no values of tensors but packed lengths."""
-    parts: list[Any] = []
-    ints: list[int] = []
-    for value in args:
-        _add(value, parts, ints, 0)
+    """Structure and integers of a call's arguments: dtypes, shapes, flags; no values of tensors but packed lengths.
+
+    names: of the arguments by position, where they are known.
+    """
+    told = _Told(flash)
+    for name, value in itertools.zip_longest(names[: len(args)], args, fillvalue=""):
+        told.add(value, name)
     for name, value in kwargs.items():
-        parts.append(name)
-        _add(value, parts, ints, 0)
-        if type(value) is _Tensor and tells_boundaries(name, value, flash):
-            _add_boundaries(name, value, parts, ints)
-    return tuple(parts), tuple(ints)
+        told.parts.append(name)
+        told.add(value, name)
+    return tuple(told.parts), tuple(told.ints)
 
 
 def tells_boundaries(name: str, value: torch.Tensor, flash: bool | None) -> bool:
@@ -59,16 +69,46 @@ def tells_boundaries(name: str, value: torch.Tensor, flash: bool | None) -> bool
 
 def uses_flash(module: torch.nn.Module) -> bool | None:
     """Is a transformers model's attention flash attention? None: it is no such model."""
-    chosen = getattr(getattr(module, "config", None), "_attn_implementation", None)
+    chosen = _said(module, "_attn_implementation")
     return None if chosen is None else "flash" in str(chosen)
+
+
+def _layers(module: torch.nn.Module) -> Iterator[torch.nn.Module]:
+    """The module, and what DistributedDataParallel, FSDP or a compiler wrapped in it, from the outside in."""
+    inner: Any = module
+    for _ in range(_DEEPEST):
+        yield inner
+        parts = (getattr(inner, name, None) for name in _WRAPPED)
+        inner = next((part for part in parts if isinstance(part, torch.nn.Module)), None)
+        if inner is None:
+            return
+
+
+def _said(module: torch.nn.Module, name: str) -> Any:
+    """What the config of a transformers model says, of one that is wrapped, too; None where it says nothing."""
+    told = (getattr(getattr(layer, "config", None), name, None) for layer in _layers(module))
+    return next((value for value in told if value is not None), None)
+
+
+def _names(module: torch.nn.Module) -> tuple[str, ...]:
+    """Of the arguments by position of its forward; of a wrapper that hands on whatever it gets, of what it wraps."""
+    for layer in _layers(module):
+        try:
+            parameters = inspect.signature(layer.forward).parameters.values()
+        except (TypeError, ValueError):
+            return ()
+        names = tuple(parameter.name for parameter in parameters if parameter.kind in _NAMED)
+        if names:
+            return names
+    return ()
 
 
 class Root:
     """A model, and what of it is part of every call's structure."""
 
     __slots__ = (
-        "__weakref__", "_casts", "_flags", "_shapes", "apart", "device", "flash", "fresh", "frozen", "index", "module",
-        "number", "parameters", "parts", "trained", "wanting",
+        "__weakref__", "_casts", "_flags", "_shapes", "apart", "bounds_at", "device", "flash", "fresh", "frozen",
+        "index", "module", "names", "number", "parameters", "parts", "trained", "two_stacks", "wanting",
     )  # fmt: skip
 
     def __init__(self, module: torch.nn.Module, index: int) -> None:
@@ -92,9 +132,18 @@ class Root:
             self._shapes = shapes
         tensor = next(iter(self.parameters), None)
         self.flash = uses_flash(self.module)
+        self.two_stacks = bool(_said(self.module, "is_encoder_decoder"))
         self.device = "cpu" if tensor is None else tensor.device.type
+        self.names = _names(self.module)  # of the arguments by position
+        # Of these, the first one that may tell where packed sequences begin.
+        self.bounds_at = next((i for i, name in enumerate(self.names) if self._tells_boundaries(name)), sys.maxsize)
         self._casts = torch.amp.is_autocast_available(self.device)
         self.apart = self._casts and self.device not in _AMONG_THEM
+
+    def _tells_boundaries(self, name: str) -> bool:
+        if name == "position_ids":
+            return self.device == "cpu" if self.flash is None else self.flash
+        return name.startswith(_BOUNDARIES)
 
     def cast(self) -> torch.dtype | None:
         """What autocast computes in here; None where it is off."""
@@ -122,40 +171,78 @@ class Root:
             parameters.clear()
 
 
-def _add(value: Any, parts: list[Any], ints: list[int], depth: int) -> None:
-    kind = type(value)
-    if isinstance(value, _Tensor) and value.is_nested:
-        _add_nested(value, parts, ints)
-    elif kind is _Tensor or kind is _Parameter:
-        shape = value.shape
-        parts += (value.dtype, len(shape), value.requires_grad)
-        ints += shape
-    elif kind in _PLAIN:
-        parts.append(value)
-    elif kind is int:
-        parts.append("int")
-        ints.append(value)
-    elif kind is str:
-        parts.append(value if len(value) <= _WORDS and " " not in value else "text")
-    elif kind is list or kind is tuple:
-        parts += (kind.__name__, len(value))
+class _Told:
+    """What arguments tell, one after another. flash: as in `tells_boundaries`."""
+
+    def __init__(self, flash: bool | None) -> None:
+        self.parts: list[Any] = []
+        self.ints: list[int] = []
+        self._flash = flash
+
+    def add(self, value: Any, name: Any = "", depth: int = 0) -> None:
+        """One more value, under that name."""
+        parts, ints, kind = self.parts, self.ints, type(value)
+        if isinstance(value, _Tensor) and value.is_nested:
+            _add_nested(value, parts, ints)
+        elif kind is _Tensor or kind is _Parameter:
+            shape = value.shape
+            parts += (value.dtype, len(shape), value.requires_grad)
+            ints += shape
+            if kind is _Tensor and isinstance(name, str) and tells_boundaries(name, value, self._flash):
+                _add_boundaries(name, value, parts, ints)
+        elif kind in _PLAIN:
+            parts.append(value)
+        elif kind is int and value >= 0:
+            parts.append("int")
+            ints.append(value)
+        elif kind is int:
+            parts += ("int", value)  # among integers, one below 0 is a number of nodes
+        elif isinstance(value, enum.Enum):
+            parts += (_named(kind), value.name)
+        elif isinstance(value, str):
+            parts.append(value if len(value) <= _WORDS and " " not in value else "text")
+        elif kind is list or kind is tuple:
+            parts += (kind.__name__, len(value))
+            self._within((("", item) for item in value), depth)
+        elif isinstance(value, Mapping):
+            parts += (_named(kind), len(value))
+            if depth < _DEEPEST:
+                for key, item in value.items():
+                    parts.append(key if isinstance(key, str | int) else None)
+                    self.add(item, key, depth + 1)
+        elif isinstance(value, slice | range):
+            parts.append(kind.__name__)
+            self._within((("", end) for end in (value.start, value.stop, value.step)), depth)
+        elif isinstance(value, _Tensor):  # a subclass: sharded, fake, quantised, masked ...
+            parts += (_named(kind), value.dtype, value.dim(), value.requires_grad)
+            ints += value.shape
+        elif isinstance(value, numbers.Number) or hasattr(value, "__array_interface__"):
+            self._add_number(value)
+        else:
+            parts.append(_named(kind))
+            self._within(_inside(value), depth)
+
+    def _within(self, values: Iterator[tuple[str, Any]], depth: int) -> None:
         if depth < _DEEPEST:
-            for item in value:
-                _add(item, parts, ints, depth + 1)
-    elif isinstance(value, Mapping):
-        parts += (_named(kind), len(value))
-        if depth < _DEEPEST:
-            for name, item in value.items():
-                parts.append(name if isinstance(name, str | int) else None)
-                _add(item, parts, ints, depth + 1)
-    elif isinstance(value, _Tensor):  # a subclass: sharded, fake, quantised, masked ...
-        parts += (_named(kind), value.dtype, value.dim(), value.requires_grad)
-        ints += value.shape
-    else:
-        parts.append(_named(kind))
-        if depth < _DEEPEST:
-            for item in _inside(value):
-                _add(item, parts, ints, depth + 1)
+            for name, item in values:
+                self.add(item, name, depth + 1)
+
+    def _add_number(self, value: Any) -> None:
+        """Those of numpy are as Python's are; of an array, dtype and shape."""
+        if isinstance(value, numbers.Integral):
+            self.add(int(value))
+        elif isinstance(value, numbers.Real):
+            number = float(value)
+            self.parts += (_FLOAT, "not a number" if math.isnan(number) else number)  # which is not equal to itself
+        elif isinstance(value, numbers.Complex):
+            self.parts.append("complex")
+            self._add_number(value.real)
+            self._add_number(value.imag)
+        elif str(getattr(value, "dtype", None)) == "bool" and value.ndim == 0:
+            self.parts.append(bool(value))
+        else:
+            self.parts += (_named(type(value)), str(getattr(value, "dtype", "")), getattr(value, "ndim", 0))
+            self.ints += getattr(value, "shape", ())
 
 
 def _named(kind: type) -> str:
@@ -163,14 +250,15 @@ def _named(kind: type) -> str:
     return f"{kind.__module__}.{kind.__qualname__}"
 
 
-def _inside(value: Any) -> Iterator[Any]:
-    """What an object of another class holds: the keys and values of a cache, the fields of a batch."""
+def _inside(value: Any) -> Iterator[tuple[str, Any]]:
+    """What an object of another class holds, with names: the keys and values of a cache, the fields of a batch."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        yield from (getattr(value, field.name) for field in dataclasses.fields(value))
+        yield from ((field.name, getattr(value, field.name)) for field in dataclasses.fields(value))
     elif isinstance(value, tuple | list | set | frozenset):
-        yield from value
+        names = getattr(value, "_fields", ())
+        yield from itertools.zip_longest(names[: len(value)], value, fillvalue="")
     elif not isinstance(value, type | torch.nn.Module) and not callable(value):
-        yield from vars(value).values() if hasattr(value, "__dict__") else ()
+        yield from vars(value).items() if hasattr(value, "__dict__") else ()
 
 
 def _add_nested(value: Any, parts: list[Any], ints: list[int]) -> None:
@@ -202,36 +290,45 @@ def _add_lengths(lengths: list[int], ints: list[int]) -> None:
     ints += (len(lengths), sum(lengths), sum(length * length for length in lengths))
 
 
-def size_of(module: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[int, int, bool]:
-    """(tokens, samples, whether an attention mask tells padding from them) that a call holds; 0 where it has none.
+def size_of(root: Root, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[int, int, Padding | None]:
+    """(tokens, samples, what tells padding from the tokens) that a call holds; 0 and None where it has none.
 
     Tokens are the integers of a (batch, length) input, those of the decoder where there are two stacks, or the
     positions of `inputs_embeds`; samples are the rows of the first tensor.
     """
-    named = next((kwargs[name] for name in _TOKENS if name in kwargs), None)
-    if "labels" in kwargs and "decoder_input_ids" not in kwargs and _two_stacks(module):
-        named = kwargs["labels"]
-    if named is None and "inputs_embeds" in kwargs:
-        shape: Any = getattr(kwargs["inputs_embeds"], "shape", ())
+    at: dict[str, int | str] = {name: i for i, name in zip(range(len(args)), root.names, strict=False)}
+    at |= {name: name for name in kwargs}
+    given = {name: args[where] if isinstance(where, int) else kwargs[where] for name, where in at.items()}
+    given = {name: value for name, value in given.items() if value is not None}
+    tokens = next((name for name in _TOKENS if name in given), None)
+    if root.two_stacks and "labels" in given and "decoder_input_ids" not in given:
+        tokens = "labels"
+    named = None if tokens is None else given[tokens]
+    if named is None and "inputs_embeds" in given:
+        shape: Any = getattr(given["inputs_embeds"], "shape", ())
         if len(shape) == 3:
-            return shape[0] * shape[1], shape[0], _masked(kwargs, shape[:2])
+            return shape[0] * shape[1], shape[0], _padding(tokens, shape[:2], given, at)
     for value in (named, *args, *kwargs.values()):
         if isinstance(value, _Tensor) and value.dim() > 0:
             if value.is_nested:
-                return 0, int(value.size(0)), False
+                return 0, int(value.size(0)), None
             shape = value.shape
             if len(shape) == 1 and value is named:
-                return shape[0], 1, False
+                return shape[0], 1, None
             if len(shape) == 2 and not value.is_floating_point() and not value.is_complex():
-                return shape[0] * shape[1], shape[0], _masked(kwargs, shape)
-            return 0, shape[0], False
-    return 0, 0, False
+                return shape[0] * shape[1], shape[0], _padding(tokens, shape, given, at)
+            return 0, shape[0], None
+    return 0, 0, None
 
 
-def _two_stacks(module: torch.nn.Module) -> bool:
-    return bool(getattr(getattr(module, "config", None), "is_encoder_decoder", False))
-
-
-def _masked(kwargs: Mapping[str, Any], shape: Any) -> bool:
-    mask = kwargs.get("attention_mask")
-    return isinstance(mask, _Tensor) and mask.shape == shape and mask.device.type != "meta"
+def _padding(tokens: str | None, shape: Any, given: Mapping[str, Any], at: Mapping[str, int | str]) -> Padding | None:
+    """What tells padding from these tokens: of a decoder beside an encoder its own mask, or the labels."""
+    decoded = tokens in ("decoder_input_ids", "labels")
+    choices = [("decoder_attention_mask" if decoded else "attention_mask", 0)]
+    if decoded and "attention_mask" in given:  # padding is spoken of: then that of the labels is marked, too
+        choices.append(("labels", -100))
+    for name, value in choices:
+        found = given.get(name)
+        if isinstance(found, _Tensor) and found.shape == shape and found.device.type != "meta":
+            return Padding(at[name], value, shape[0] * shape[1])
+    return None

@@ -9,9 +9,11 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from flopprof.errors import UsageError
+from flopprof.meter.checks import whole
 from flopprof.meter.history import History
 from flopprof.meter.recorder import Recorder
 from flopprof.meter.steps import OpenStep
+from flopprof.meter.summary import checked_name
 
 # Records of steps are made so many at a time, where nobody waits for one: each alone finds its code out of the caches.
 _TOGETHER = 256
@@ -21,6 +23,7 @@ class Stepping:
     """What a meter does at the ends of each step. sizes: tokens and samples of one, or how a batch tells them."""
 
     _ends_known = True  # when a step is over
+    _closed = False
 
     def __init__(
         self,
@@ -77,6 +80,10 @@ class Stepping:
     def _open_step(self, batch: Any = None, *, data_wait_s: float = 0.0) -> None:
         if self._open is not None:
             raise UsageError("a step of this meter is open: steps do not nest. End it, or use two meters.")
+        if self._closed:
+            raise UsageError(
+                "this meter is closed and sees no more steps: close it after the last one, or make another."
+            )
         self._fold()
         step = OpenStep()
         step.number = number = self._begun
@@ -145,20 +152,22 @@ class Stepping:
         """Tokens and samples, where the caller says how to read them off the batch; which is then let go."""
         tokens, samples = self._sizes
         if callable(tokens):
-            step.tokens = int(tokens(step.batch))
+            step.tokens = whole("what tokens= gives", tokens(step.batch), 0)
         if callable(samples):
-            step.samples = int(samples(step.batch))
+            step.samples = whole("what samples= gives", samples(step.batch), 0)
         step.batch = None
 
     @contextmanager
     def pause(self, name: str = "pause") -> Iterator[None]:
         """Time that is no part of the step (saving a checkpoint, evaluating, generating): a row of its own."""
+        checked_name(name)
         if self._open is None:
+            self._evaluated()
             start = self._clock()
             try:
                 yield
             finally:
-                self._history.passed(name, self._clock() - start)
+                self.passed(name, self._clock() - start)
             return
         self._recorder.pause(name)
         try:
@@ -168,8 +177,15 @@ class Stepping:
 
     def passed(self, name: str, seconds: float) -> None:
         """So long something took that lay between two steps: a row of its own."""
+        self._fold()
         self._recorder.forget_outside()
-        self._history.passed(name, seconds)
+        self._history.passed(checked_name(name), seconds, step=self._begun)
+
+    def _evaluated(self) -> None:
+        """What was evaluated between steps, if anything was, is over."""
+        if self._recorder.between.start is not None:
+            self._fold()
+            self._recorder.end_outside(self._begun)
 
     def go_on_from(self, step: int) -> None:
         """The next step has that number: the run was resumed from a checkpoint."""

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import msgspec
 
+from flopprof.errors import UsageError
 from flopprof.meter.figures import Figures
 from flopprof.profile import Attention
 from flopprof.units import format_bytes, format_flops, format_si
 
 _COLUMNS = 80
+# Rows that a meter and its report fill themselves. (evaluation and data_wait are told of from outside, too.)
+_OWN = ("steps", "slow_steps", "left_out", "repeated", "down", "other")
 
 
 class Convention(msgspec.Struct, frozen=True, kw_only=True):
@@ -30,6 +33,7 @@ class Convention(msgspec.Struct, frozen=True, kw_only=True):
 class Summary(msgspec.Struct, frozen=True, kw_only=True):
     """A loop so far. Times in seconds; what is not known is None, and `notes` says why.
 
+    peaks           by rate, that the steps are held against; peaks_differ: not all of them against the same
     whole, window   figures of all timed steps, of the latest ones
     steps           finished ones; left_out tells how many of them are in no figure, by reason
     signatures      distinct steps; counted_steps of all were counted as they ran
@@ -40,6 +44,7 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
     peak: str
     peaks: dict[str, float]
     peak_measured: bool = False
+    peaks_differ: bool = False
     attention: Attention = "full"
     steps: int
     counted_steps: int
@@ -116,8 +121,21 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
         return f"{self.steps}, of which {timed} are timed" + (f" (left out: {out})" if out else "")
 
     def _against(self) -> str:
-        peaks = ", ".join(f"{format_si(value, 'FLOP/s')} {rate}" for rate, value in self.peaks.items())
+        peaks = "peaks that differ" if self.peaks_differ else format_peaks(self.peaks)
         return f"{peaks} ({self.peak})"
+
+
+def checked_name(name: str) -> str:
+    """The name of a pause. Raises UsageError for a row of the meter's own, or none at all."""
+    if not isinstance(name, str) or not name.strip() or row_of(name) != name:
+        own = ", ".join(_OWN)
+        raise UsageError(f"a pause cannot be named {name!r}: give it a name that is no row of the meter's own ({own}).")
+    return name
+
+
+def row_of(name: str) -> str:
+    """The row of a pause: its name, unless a file was written with a name that is a row of the meter's own."""
+    return f"{name} (pause)" if name.strip().replace(" ", "_") in _OWN else name
 
 
 def laid_out(facts: Sequence[tuple[str, str]]) -> str:
@@ -132,18 +150,32 @@ def laid_out(facts: Sequence[tuple[str, str]]) -> str:
     return "\n".join(lines)
 
 
+def format_peaks(peaks: Mapping[str, float]) -> str:
+    """`989.4 TFLOP/s bfloat16, 66.90 TFLOP/s float32`."""
+    return ", ".join(f"{format_si(value, 'FLOP/s')} {rate}" for rate, value in peaks.items())
+
+
 def percent(value: float | None) -> str:
     """`41.2 %`; `-` where it is not known."""
     return "-" if value is None else f"{100 * value:.1f} %"
 
 
-def over_peak(whole: Figures) -> Sequence[str]:
-    """A warning where more was achieved than there is, naming the likely causes."""
-    most = max((value for value in (whole.mfu, whole.hfu) if value is not None), default=0.0)
-    if most <= 1:
+def most_used(of: Figures) -> float:
+    """The greater of MFU and HFU; 0 where they are not known. More than 1 cannot be."""
+    return max((value for value in (of.mfu, of.hfu) if value is not None), default=0.0)
+
+
+def over_peak(whole: Figures, window: Figures | None = None) -> Sequence[str]:
+    """A warning where more was achieved than there is, in all or in the latest steps, naming the likely causes."""
+    where = []
+    if most_used(whole) > 1:
+        where.append(f"{percent(most_used(whole))} of the peak")
+    if window is not None and window.steps < whole.steps and most_used(window) > 1:
+        where.append(f"{percent(most_used(window))} of the peak in the last {window.steps} steps")
+    if not where:
         return ()
     return (
-        f"{percent(most)} of the peak cannot be: the peak given is too low (another device or dtype, tf32 set, "
+        f"{' and '.join(where)} cannot be: the peak given is too low (another device or dtype, tf32 set, "
         "sparsity), the time is too short (work that is not waited for, a clock of its own), or a step does less than "
         "its signature says (data-dependent branches).",
     )

@@ -35,7 +35,7 @@ _grad_enabled = torch.is_grad_enabled
 _nodes_made = torch._C._autograd._get_sequence_nr
 _any_autocast = torch._C._is_any_autocast_enabled  # of many devices: quicker to ask than one
 _Tensor = torch.Tensor
-_QUICK = frozenset({bool, type(None), int, str, torch.dtype})
+_QUICK = frozenset({bool, type(None), int, float, str, torch.dtype})
 _compiling = torch.compiler.is_dynamo_compiling  # False; a compiler that looks inside a hook reads True
 
 
@@ -91,7 +91,7 @@ class Before:
         if (thread and thread != _thread()) or root is None or _node() is not None or root.module is not module:
             return
         parts: list[Any] | None = None
-        if thread:
+        if thread and len(args) <= root.bounds_at:
             parameters = root.parameters
             parts = [
                 0 if repeat.blind else _nodes_made() - repeat.made,
