@@ -231,7 +231,7 @@ def move(meter: Meter, parameter: torch.Tensor) -> None:
 
 def go_on(tracker: Tracker, name: str, *, counted: bool) -> None:
     """What was no part of the step is over; counted: the step was being counted before, and is again."""
-    if counted and tracker.counter is None and _modes() == tracker._modes:
+    if counted and tracker.counter is None and tracker.may_open():
         tracker._open()
     if tracker.known(name) is None:
         tracker._follow(name, tracker._alone.child((name,)), (), True)

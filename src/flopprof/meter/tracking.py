@@ -308,8 +308,8 @@ class Tracker:
         self._graph = done if segment.start.place.recorded else segment.graph
         self._trail.append(done)
         if tally is not None and counter is not None:
-            work = work_of(tally.profile(counter._names.frames, counter.model, self._attention))
-            self._learn(done, work.without_optimizer() if self._closure else work)
+            profile = tally.profile(counter._names.frames, counter.model, self._attention)
+            self._learn(done, work_of(profile, optimizer=not self._closure))
         elif done.work is None:
             self._doubt(segment.start)
         elif made in segment.start.counts:
@@ -334,6 +334,10 @@ class Tracker:
             self.lose_sight()  # counted it always makes those, uncounted never: a compiled function
 
     # --- counting ----------------------------------------------------------------------------------------------------
+    def may_open(self) -> bool:
+        """Is everything closed that was opened since the step's start?"""
+        return _modes() == self._modes and _inference() == self._inference
+
     def _count_now(self, start: Start) -> None:
         # Where a graph begins, or a plain backward: what runs from here on needs nothing that ran before it. (A mode
         # may be opened inside other contexts of the loop's only where it is sure to be closed before them; in a step
@@ -342,8 +346,7 @@ class Tracker:
         place = start.place
         # The backward of a compiled forward runs other operators than those that it stands for.
         plain = place.plain and self._attention == "full" and not anything_compiled()
-        free = not self._closure and _modes() == self._modes and _inference() == self._inference
-        if (place.depth == 0 or plain) and place.opens and free:
+        if (place.depth == 0 or plain) and place.opens and not self._closure and self.may_open():
             self._open()
         else:
             self._try_again(place)

@@ -56,19 +56,16 @@ class Work(msgspec.Struct, frozen=True):
         }
         return cls(rows, table["", "bytes"], uncounted, assumptions)
 
-    def without_optimizer(self) -> Work:
-        """The same without the optimizer's own products."""
-        return msgspec.structs.replace(self, flops={rate: (*row[:3], 0) for rate, row in self.flops.items()})
 
-
-def work_of(profile: Profile) -> Work:
-    """The sums of a profile that a meter needs."""
+def work_of(profile: Profile, *, optimizer: bool = True) -> Work:
+    """The sums of a profile that a meter needs; optimizer: with what it multiplies itself."""
     flops: dict[str, list[int]] = {}
-    for row in profile.operators:
+    rows = [row for row in profile.operators if optimizer or row.phase != "optimizer"]
+    for row in rows:
         flops.setdefault(rate_of(row.op, row.dtype), [0, 0, 0, 0])[PHASES.index(row.phase)] += row.flops
     return Work(
         {rate: (row[0], row[1], row[2], row[3]) for rate, row in sorted(flops.items()) if any(row)},
-        profile.bytes_moved,
+        sum(row.bytes for row in rows),
         profile.uncounted,
         profile.assumptions,
     )
