@@ -18,6 +18,7 @@ from flopprof import Meter
 from flopprof.errors import UsageError
 from flopprof.integrations.tensorboard import scalars
 from flopprof.meter.contiguous import Contiguous
+from flopprof.meter.logged import Logged
 from flopprof.meter.script import Script
 
 # What the trainers' packages themselves warn of.
@@ -423,3 +424,17 @@ def test_wrong_options_are_told_when_the_callback_is_made(name: str) -> None:
     callback = importlib.import_module(f"flopprof.integrations.{name}").FlopprofCallback
     with pytest.raises(UsageError, match="attention 'both'"):
         callback(attention="both")
+
+
+def test_scalars_are_of_the_step_that_they_are_told() -> None:
+    written: list[tuple[str, float, int | None]] = []
+
+    class Writer:
+        def add_scalar(self, tag: str, scalar_value: float, global_step: int | None = None) -> None:
+            written.append((tag, scalar_value, global_step))
+
+    write = scalars(Writer(), every=3)
+    write({"a": 1.0})
+    write(Logged({"a": 2.0, "b": 3.0}, step=12))
+    write({"a": 4.0})
+    assert written == [("a", 1.0, 3), ("a", 2.0, 12), ("b", 3.0, 12), ("a", 4.0, 15)]

@@ -53,29 +53,51 @@ def run(model: nn.Module, rows: int, *, steps: int = STEPS, **options: Any) -> M
     return meter
 
 
-def data_parallel(_folder: Path) -> World:
-    return run(nn.parallel.DistributedDataParallel(Two()), BATCH // RANKS).world()
+def data_parallel(folder: Path) -> World:
+    model = nn.parallel.DistributedDataParallel(Two())
+    return run(model, BATCH // RANKS, records=folder / "data_parallel.jsonl").world()
 
 
-def fully_sharded(_folder: Path) -> World:
+def fully_sharded(folder: Path, **options: Any) -> World:
     from torch.distributed.fsdp import fully_shard
 
     model = Two()
     for part in (model.a, model.b, model):
-        fully_shard(part)
-    return run(model, BATCH // RANKS).world()
+        fully_shard(part, **options)
+    name = "hybrid_sharded" if options else "fully_sharded"
+    return run(model, BATCH // RANKS, records=folder / f"{name}.jsonl").world()
 
 
-def tensor_parallel(_folder: Path) -> World:
+def hybrid_sharded(folder: Path) -> World:
+    """Copies on both ranks, each of them sharded over one: every rank has rows of its own."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    return fully_sharded(folder, mesh=init_device_mesh("cpu", (RANKS, 1), mesh_dim_names=("copies", "shards")))
+
+
+def sharded_in_two_ways(folder: Path) -> World:
+    """FSDP over one rank around tensor parallelism over two."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    mesh = init_device_mesh("cpu", (1, RANKS), mesh_dim_names=("data", "tensor"))
+    model = parallelize_module(Two(), mesh["tensor"], {"a": ColwiseParallel(), "b": RowwiseParallel()})
+    for part in (model.a, model.b, model):
+        fully_shard(part, mesh=mesh["data"])
+    return run(model, BATCH, records=folder / "sharded_in_two_ways.jsonl").world()
+
+
+def tensor_parallel(folder: Path) -> World:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     model = parallelize_module(Two(), mesh, {"a": ColwiseParallel(), "b": RowwiseParallel()})
-    return run(model, BATCH).world()
+    return run(model, BATCH, records=folder / "tensor_parallel.jsonl").world()
 
 
-def pipelined(_folder: Path) -> World:
+def pipelined(folder: Path) -> World:
     from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
 
     rank = dist.get_rank()
@@ -84,7 +106,7 @@ def pipelined(_folder: Path) -> World:
     stage = PipelineStage(part, rank, RANKS, torch.device("cpu"))
     schedule = ScheduleGPipe(stage, n_microbatches=2, loss_fn=lambda output, target: (output - target).sum())
     x, target = torch.randn(BATCH, WIDTH), torch.randn(BATCH, WIDTH)
-    with Meter(part, peak=1e12) as meter:
+    with Meter(part, peak=1e12, records=folder / "pipelined.jsonl") as meter:
         for _ in range(STEPS):
             with meter.step():
                 schedule.step(*([x] if rank == 0 else []), **({} if rank == 0 else {"target": target}))
@@ -139,7 +161,9 @@ def on_ranks(job: Callable[[Path], Any], folder: Path, *, join: bool = True) -> 
     return [torch.load(file, weights_only=False) for file in found if file.exists()]
 
 
-JOBS = [data_parallel, fully_sharded, tensor_parallel, pipelined, uneven]
+ONE_RUN = [data_parallel, fully_sharded, hybrid_sharded, sharded_in_two_ways, tensor_parallel, pipelined]
+SHARE = {sharded_in_two_ways, tensor_parallel, pipelined}
+JOBS = [*ONE_RUN, uneven]
 
 
 def every_job(folder: Path) -> dict[str, World]:
@@ -147,13 +171,19 @@ def every_job(folder: Path) -> dict[str, World]:
 
 
 @pytest.fixture(scope="module")
-def worlds(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, World]]:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the ranks write."""
+    return tmp_path_factory.mktemp("ranks")
+
+
+@pytest.fixture(scope="module")
+def worlds(folder: Path) -> list[dict[str, World]]:
     """Of each rank, what it knows of all after each job."""
-    return on_ranks(every_job, tmp_path_factory.mktemp("ranks"))
+    return on_ranks(every_job, folder)
 
 
 @needs_gloo
-@pytest.mark.parametrize("job", [data_parallel, fully_sharded, tensor_parallel, pipelined])
+@pytest.mark.parametrize("job", ONE_RUN)
 def test_ranks_add_up_to_one_process(job: Callable[[Path], World], worlds: list[dict[str, World]]) -> None:
     assert run(Two(), BATCH).world().model_flops == STEPS * STEP
     first, second = (found[job.__name__] for found in worlds)
@@ -161,10 +191,24 @@ def test_ranks_add_up_to_one_process(job: Callable[[Path], World], worlds: list[
     assert [rank.rank for rank in first.ranks] == [0, 1]
     assert sum(rank.timed.model_flops // rank.timed.steps for rank in first.ranks) == STEP
     assert 0 < first.mfu < 1
-    assert (first.data_parallel is None) == (job is tensor_parallel)
+    assert first.data_parallel == (None if job in SHARE else RANKS)
+    assert (first.samples_per_s is None) == (job in SHARE)
     if job is not pipelined:  # whose first step also tries each stage on a micro-batch, to learn shapes
         assert first.model_flops == STEPS * STEP
         assert all(rank.steps == STEPS for rank in first.ranks)
+
+
+@needs_gloo
+@pytest.mark.parametrize("job", ONE_RUN)
+def test_records_tell_the_same_of_all_ranks(
+    job: Callable[[Path], World], worlds: list[dict[str, World]], folder: Path
+) -> None:
+    told = worlds[0][job.__name__]
+    world = world_of_runs([run_of(folder / f"{job.__name__}.rank{rank}.jsonl") for rank in range(RANKS)])
+    assert world is not None
+    assert world.model_flops == told.model_flops
+    assert world.data_parallel == told.data_parallel
+    assert world.samples_per_s == (None if job in SHARE else pytest.approx(told.samples_per_s))
 
 
 @needs_gloo

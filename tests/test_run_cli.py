@@ -65,7 +65,7 @@ def test_the_script_is_what_it_is_under_python() -> None:
     done = run("--records", "run.jsonl", "--json", "out.json", "--peak", "1G", name, "--json", "-x", "--", "last")
     assert done.exit_code == 0
     here = str(Path.cwd())
-    assert json.loads(done.stdout) == ["__main__", name, [name, "--json", "-x", "--", "last"], here, True]
+    assert json.loads(done.stdout) == ["__main__", f"{here}/{name}", [name, "--json", "-x", "--", "last"], here, True]
     assert "flopprof: train.py\nsteps       4, of which 2 are timed (left out: 2 first)" in done.stderr
     assert [record.model_flops for record in steps()] == [STEP] * 4
     summary = json.loads(Path("out.json").read_text())

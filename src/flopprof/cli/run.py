@@ -2,30 +2,29 @@
 
 from __future__ import annotations
 
-import importlib.machinery
-import importlib.util
+import contextlib
+import os
 import sys
 import time
-import types
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from flopprof.cli.options import AttentionPairs, Traceback
-from flopprof.cli.output import require_outputs, require_writable, write_text
+from flopprof.cli.output import STDOUT, require_outputs, require_writable, write_text
+from flopprof.cli.program import end, execute, of_file, of_module, say
 from flopprof.errors import FlopprofError, UsageError
 
 if TYPE_CHECKING:
     from flopprof.meter.contiguous import Contiguous
     from flopprof.meter.script import Script
+    from flopprof.meter.summary import Summary
 
 _FIGURES = "What it is held against"
 _REPORT = "What is printed"
-_INTERRUPTED = 130
 _PATIENCE_S = 5.0
-_PACKAGE = str(Path(__file__).parents[1])
 _SCHEMA = "flopprof.summary/1"
 
 
@@ -103,146 +102,114 @@ def run(
         raise UsageError("--html draws what --records writes: give --records FILE too.")
     require_outputs(json=json, html=html)
     require_writable(records)
-    program = _module(script, arguments or []) if module else _file(script, arguments or [])
-    from flopprof.meter.ranks import place_of_process
+    _require_apart(records=records, json=json, html=html)
+    program = (of_module if module else of_file)(script, arguments or [])
+    from flopprof.meter.ranks import path_of_rank, place_of_process
 
-    first = place_of_process()[0] == 0  # of several ranks only this one speaks
+    rank, size = place_of_process()
+    if records is not None:
+        require_writable(str(path_of_rank(records, rank, size)))
     given = _peak(peak, hardware)
+    records, json, html = _absolute(records), _absolute(json, STDOUT), _absolute(html, STDOUT)
+    report = _Report(script, "" if size == 1 else f"rank {rank}: ", records=records, json=json, html=html)
+    process = os.getpid()
+    first = rank == 0  # of several ranks only this one speaks
 
     def make() -> Contiguous:
         from flopprof.meter.contiguous import Contiguous as Made
 
-        return Made(peak=given, attention=attention, convention=convention, records=records)
+        try:
+            return Made(peak=given, attention=attention, convention=convention, records=records)
+        except UsageError as error:  # the script took the directory away
+            made = Made(peak=given, attention=attention, convention=convention)
+            made.trouble = str(error)
+            return made
 
     from flopprof.meter.script import Script as Finder
 
     line = _Line(every) if first and not quiet else None
     found = Finder(make, line.finished if line is not None else None)
-    ended = _run(program, found)
-    sys.stdout.flush()
-    summary = found.summary()
-    if first:
-        _tell(str(summary) if summary is not None else _nothing(found), heading=script)
-    if json is not None and first and summary is not None:
-        import msgspec
-
-        write_text(json, msgspec.json.format(msgspec.json.encode({"schema": _SCHEMA, **_plain(summary)})).decode())
-    if html is not None and records is not None and first and summary is not None:
-        _draw(html, records, title=script)
-    if ended is not None:
-        _end(ended)
+    ended = execute(program, before=found.install, after=lambda: report.attempt(found.remove))
+    if os.getpid() == process:  # else in a child that the script forked and let come here: nothing of this is its own
+        report.attempt(lambda: report.tell(found, speaks=first))
+        report.tell_troubles(found)
+    end(ended)
 
 
-def _draw(html: str, records: str, *, title: str) -> None:
-    """The page of this rank's records, runs before this one included."""
+class _Report:
+    """What is told at the end, on the standard streams of the start; nothing of it changes how the script ends."""
+
+    def __init__(self, script: str, who: str, *, records: str | None, json: str | None, html: str | None) -> None:
+        self._script, self._who = script, who
+        self._records, self._json, self._html = records, json, html
+        self._output, self._errors = sys.stdout, sys.stderr
+        self._troubles: list[str] = []
+
+    def attempt(self, what: Callable[[], object]) -> None:
+        """Does it, or keeps why it cannot be done."""
+        try:
+            what()
+        except Exception as error:
+            name = "" if isinstance(error, FlopprofError) else f"{type(error).__name__}: "
+            self._troubles.append(f"{name}{error}")
+
+    def tell(self, found: Script, *, speaks: bool) -> None:
+        """The summary, and the files."""
+        summary = found.summary()
+        if not speaks:
+            return
+        say(f"\nflopprof: {self._script}\n{found.nothing() if summary is None else summary}\n", self._errors, 2)
+        json, html, records = self._json, self._html, self._records
+        if summary is not None and json is not None:
+            self.attempt(lambda: self._put(json, _as_json(summary)))
+        if summary is not None and html is not None and records is not None:
+            self.attempt(lambda: self._put(html, _page(records, title=self._script)))
+
+    def tell_troubles(self, found: Script) -> None:
+        """What could not be done."""
+        of_records = [found.meter.trouble] if found.meter is not None and found.meter.trouble else []
+        for trouble in of_records + self._troubles:
+            say(f"flopprof: {self._who}{trouble}\n", self._errors, 2)
+
+    def _put(self, path: str, text: str) -> None:
+        if path == STDOUT:
+            say(f"{text}\n", self._output, 1)
+        else:
+            write_text(path, text)
+
+
+def _absolute(path: str | None, *but: str) -> str | None:
+    return path if path is None or path in but else str(Path(path).absolute())
+
+
+def _require_apart(**paths: str | None) -> None:
+    """Raises UsageError for one file under two options."""
+    named: dict[Path, str] = {}
+    for option, path in paths.items():
+        if path is None or path == STDOUT:
+            continue
+        file = Path(path).resolve()
+        other = named.setdefault(file, option)
+        if other != option and (file.is_file() or not file.exists()):
+            raise UsageError(f"--{other} and --{option} both name {path!r}: give each a file of its own.")
+
+
+def _as_json(summary: Summary) -> str:
+    import msgspec
+
+    plain = {"schema": _SCHEMA, **msgspec.to_builtins(summary)}
+    return msgspec.json.format(msgspec.json.encode(plain)).decode()
+
+
+def _page(records: str, *, title: str) -> str:
+    """Of this rank's records, runs before this one included."""
     from flopprof.meter.ranks import path_of_rank, place_of_process
     from flopprof.meter.records import read
     from flopprof.meter.runs import run_of
     from flopprof.report.html.meter import render
 
-    file = str(path_of_rank(Path(records), *place_of_process()))
-    write_text(html, render([(file, run_of(file), read(file))], title=title))
-
-
-@dataclass(frozen=True)
-class _Program:
-    """What is run as __main__."""
-
-    code: types.CodeType
-    arguments: list[str]
-    directory: str
-    about: dict[str, Any]
-
-
-def _file(script: str, arguments: list[str]) -> _Program:
-    path = Path(script)
-    if path.is_dir():
-        raise UsageError(f"{script!r} is a directory: give the script, or `-m` and the name of a package.")
-    try:
-        source = path.read_bytes()
-    except OSError as error:
-        raise UsageError(f"cannot read the script {script!r}: {error.strerror or error}.") from error
-    try:
-        code = compile(source, script, "exec", dont_inherit=True)
-    except (SyntaxError, ValueError) as error:
-        where = f", line {error.lineno}" if isinstance(error, SyntaxError) and error.lineno else ""
-        message = error.msg if isinstance(error, SyntaxError) else str(error)
-        raise FlopprofError(f"{script}{where} is not Python: {message}.") from error
-    loader = importlib.machinery.SourceFileLoader("__main__", script)
-    about = {"__file__": script, "__spec__": None, "__package__": None, "__loader__": loader, "__cached__": None}
-    return _Program(code, [script, *arguments], str(path.resolve().parent), about)
-
-
-def _module(name: str, arguments: list[str]) -> _Program:
-    here = str(Path.cwd())
-    sys.path.insert(0, here)
-    try:
-        spec = importlib.util.find_spec(name)
-        if spec is not None and spec.submodule_search_locations is not None:
-            name = f"{name}.__main__"
-            spec = importlib.util.find_spec(name)
-    except (ImportError, ValueError, AttributeError) as error:
-        raise UsageError(f"no module named {name!r} can be run: {error}.") from error
-    finally:
-        sys.path.remove(here)
-    loader: Any = None if spec is None else spec.loader
-    code = loader.get_code(name) if hasattr(loader, "get_code") else None
-    if spec is None or code is None:
-        raise UsageError(f"no module named {name!r} can be run: give the name that `python -m` takes.")
-    about = {
-        "__file__": spec.origin,
-        "__spec__": spec,
-        "__loader__": loader,
-        "__cached__": spec.cached,
-        "__package__": name.rpartition(".")[0],
-    }
-    return _Program(code, [spec.origin or name, *arguments], here, about)
-
-
-def _run(program: _Program, found: Script) -> BaseException | None:
-    """Runs it as Python would; what it raised. It stays __main__: what it pickles or leaves to run at exit needs it."""
-    main = types.ModuleType("__main__")
-    vars(main).update(program.about, __builtins__=__builtins__)
-    sys.modules["__main__"] = main
-    sys.argv[:] = program.arguments
-    if not sys.flags.safe_path:
-        sys.path[0] = program.directory
-    found.install()
-    try:
-        exec(program.code, vars(main))
-    except BaseException as error:
-        ended: BaseException | None = error
-    else:
-        ended = None
-    finally:
-        found.remove()
-    if ended is not None and not isinstance(ended, SystemExit):
-        _without_us(ended, set())
-        sys.excepthook(type(ended), ended, ended.__traceback__)
-    return ended
-
-
-def _end(ended: BaseException) -> NoReturn:
-    if isinstance(ended, SystemExit):
-        raise ended.with_traceback(None)
-    raise SystemExit(_INTERRUPTED if isinstance(ended, KeyboardInterrupt) else 1)
-
-
-def _without_us(error: BaseException, seen: set[int]) -> None:
-    """Take our own frames out of what a script's traceback shows, here and in its causes."""
-    seen.add(id(error))
-    kept = []
-    step = error.__traceback__
-    while step is not None:
-        if not step.tb_frame.f_code.co_filename.startswith(_PACKAGE):
-            kept.append(step)
-        step = step.tb_next
-    for one, following in zip(kept, [*kept[1:], None], strict=False):
-        one.tb_next = following
-    error.__traceback__ = kept[0] if kept else None
-    for other in (error.__cause__, error.__context__):
-        if other is not None and id(other) not in seen:
-            _without_us(other, seen)
+    file = str(path_of_rank(records, *place_of_process()))
+    return render([(file, run_of(file), read(file))], title=title)
 
 
 def _peak(peak: str | None, hardware: str | None) -> Any:
@@ -298,30 +265,11 @@ class _Line:
 
 
 def _write(text: str) -> None:
-    """On standard error, where a bar of tqdm makes room for it."""
+    """On standard error, where a bar of tqdm makes room for it; nowhere, where the script has none."""
     tqdm = getattr(sys.modules.get("tqdm"), "tqdm", None)
-    if tqdm is not None and getattr(tqdm, "_instances", None):
-        tqdm.write(text, file=sys.stderr, end="")
-    else:
-        sys.stderr.write(text)
-    sys.stderr.flush()
-
-
-def _tell(text: str, *, heading: str) -> None:
-    sys.stderr.write(f"\nflopprof: {heading}\n{text}\n")
-    sys.stderr.flush()
-
-
-def _nothing(found: Script) -> str:
-    if found.meter is None and not found.stepped:
-        return (
-            "no step was found: no torch optimizer stepped in this process. Processes that the script starts are "
-            "not seen; start those with torchrun."
-        )
-    return "no step was finished."
-
-
-def _plain(summary: Any) -> dict[str, Any]:
-    import msgspec
-
-    return dict(msgspec.to_builtins(summary))
+    with contextlib.suppress(Exception):
+        if tqdm is not None and getattr(tqdm, "_instances", None):
+            tqdm.write(text, file=sys.stderr, end="")
+        else:
+            sys.stderr.write(text)
+        sys.stderr.flush()

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from flopprof.errors import UsageError
 from flopprof.meter.meter import Meter
 from flopprof.meter.roots import go_on
 from flopprof.meter.steps import OpenStep
@@ -22,6 +23,7 @@ class Contiguous(Meter):
 
     _ends_known = False
     _undecided = 0  # of the latest steps, so many wait
+    trouble = ""  # why there are no more records in the file
 
     def start_step(self, batch: Any = None, *, data_wait_s: float = 0.0) -> None:
         """As a meter does; inside a dispatch mode of the script's own, which may end in mid-step, none is opened."""
@@ -83,8 +85,23 @@ class Contiguous(Meter):
 
     def _settle(self, *, wait: bool = False) -> None:
         held = [self._late.pop() for _ in range(min(self._undecided, len(self._late)))]
-        super()._settle(wait=wait)
+        try:
+            super()._settle(wait=wait)
+        except (UsageError, OSError) as error:  # the file cannot be made: what is metered goes on without
+            self.trouble = str(error)
+            self._history._path = None
+            if self._late and self._history.records and self._late[0].number == self._history.records[-1].step:
+                self._late.popleft()
+            super()._settle(wait=wait)
         self._late.extend(reversed(held))
+
+    def close(self) -> None:
+        """As a meter does; were all records written?"""
+        self._settle(wait=True)
+        history = self._history
+        if history._writer is not None and not history._writer._close.alive and not self._closed:
+            self.trouble = f"cannot write all records to {str(history._path)!r}: the file ends early."
+        super().close()
 
 
 def _joined(first: OpenStep, second: OpenStep) -> OpenStep:

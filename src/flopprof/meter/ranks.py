@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
+import math
 import os
 import socket
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -60,17 +63,59 @@ def host() -> str:
 
 
 def shares_data(modules: Iterable[Any]) -> bool:
-    """Do several ranks multiply the same batch: are there DTensor parameters that are not FSDP's alone?"""
+    """Do several ranks read the same data: is a model, or what it is a stage of, split by more than its batches?"""
     import torch.distributed as dist
 
     if not dist.is_available():
         return False
-    from torch.distributed.fsdp import FSDPModule
+    modules = list(modules)
+    try:
+        return _staged(modules) or any(_split(model) for model in modules)
+    except AttributeError:  # a torch whose FSDP is another one does not say
+        return True
+
+
+def _staged(modules: Iterable[Any]) -> bool:
+    """Is a part of these in a stage of one of torch's pipelines? Only stages know that; a module does not."""
+    stage: Any = getattr(sys.modules.get("torch.distributed.pipelining.stage"), "_PipelineStageBase", None)
+    if stage is None:
+        return False
+    parts = {id(part) for model in modules for part in model.modules()}
+    return any(
+        found.num_stages > 1 and any(id(part) in parts for part in found.submod.modules())
+        for found in gc.get_objects()
+        if issubclass(type(found), stage) and {"num_stages", "submod"} <= vars(found).keys()
+    )
+
+
+def _split(model: Any) -> bool:
+    """Does it have parameters split over more ranks than those that FSDP gives batches of their own?"""
+    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
     from torch.distributed.tensor import DTensor
 
-    for model in modules:
-        sharded = [parameter for parameter in model.parameters() if isinstance(parameter, DTensor)]
-        managed = any(isinstance(module, FSDPModule) for module in model.modules())
-        if any(not managed or parameter.device_mesh.ndim > 1 for parameter in sharded):
-            return True
-    return False
+    managed: set[int] = set()
+    for module in model.modules():
+        if isinstance(module, FullyShardedDataParallel) and vars(module).get("_fsdp_extension") is not None:
+            return True  # a slice of a larger mesh
+        if not isinstance(module, FSDPModule):
+            continue
+        state: Any = module._get_fsdp_state()
+        for group in getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]:
+            for sharded in () if group is None else group.fsdp_params:
+                if sharded.sharded_param.device_mesh.size() > _data_parallel(group.mesh_info):
+                    return True
+                managed |= {id(getattr(sharded, name, None)) for name in _FORMS}
+    return any(
+        isinstance(parameter, DTensor) and parameter.device_mesh.size() > 1 and id(parameter) not in managed
+        for parameter in model.parameters()
+    )
+
+
+# What a parameter is in a module of FSDP, as the step goes on.
+_FORMS = ("sharded_param", "_unsharded_param", "_sharded_post_forward_param")
+
+
+def _data_parallel(mesh: Any) -> int:
+    """How many ranks FSDP shards or replicates over."""
+    dimensions = (getattr(mesh, "shard_mesh_dim", None), getattr(mesh, "replicate_mesh_dim", None))
+    return math.prod(mesh.mesh.size(i) for i in dimensions if i is not None)

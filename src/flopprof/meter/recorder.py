@@ -326,8 +326,10 @@ class Recorder:
         """An optimizer's step begins, or one with a closure ends."""
         kind = type(optimizer)
         step = self.at_length()
-        if step is None or self._span is not None:
+        if step is None or (self._span is not None and self._span[0]):
             return
+        if self._span is not None:  # what trains is no evaluation
+            self._resume()
         if over:
             self.tracker.after_closure()
             return

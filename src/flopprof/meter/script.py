@@ -42,6 +42,7 @@ class Script:
     def __init__(self, make: Callable[[], Contiguous], finished: Callable[[Contiguous], object] | None = None) -> None:
         self.meter: Contiguous | None = None
         self.stepped = 0  # how often an optimizer did
+        self.elsewhere = False  # one did in another thread
         self._make, self._finished = make, finished
         self._roots = Roots(self._called)
         self._finder: Finder | None = None
@@ -94,12 +95,14 @@ class Script:
     def remove(self) -> None:
         """The open step is dropped, and torch is as it was; the meter keeps what it found."""
         self._thread = 0
-        if self.meter is not None:
-            self.meter.decide()
-            self.meter.drop()
-            self.meter.close()
-        while self._undo:
-            self._undo.pop()()
+        try:
+            if self.meter is not None and os.getpid() == self._pid:
+                self.meter.decide()
+                self.meter.drop()
+                self.meter.close()
+        finally:
+            while self._undo:
+                self._undo.pop()()
 
     def _forked(self) -> None:
         """In a child, nothing is metered: a worker of a DataLoader, or a process that trains by itself."""
@@ -116,14 +119,41 @@ class Script:
         if self.meter is None or not self.meter.records:
             return None
         summary = self.meter.summary()
+        notes = [_meant(note) for note in summary.notes]
         without = sum(not record.calls for record in self.meter.records)
-        if not without:
-            return summary
-        note = (
-            f"{without} steps call no module: what they multiply was counted in every "
-            f"{RECOUNT_WITHOUT_CALLS}th of them, and is taken to be the same in the others."
+        if without:
+            notes.append(
+                f"{without} steps call no module: what they multiply was counted in every "
+                f"{RECOUNT_WITHOUT_CALLS}th of them, and is taken to be the same in the others."
+            )
+        if self.elsewhere:
+            notes.append("an optimizer stepped in another thread, too: its steps are not seen.")
+        told = summary.convention
+        if told is not None:
+            told = msgspec.structs.replace(told, reason=_meant(told.reason))
+        return msgspec.structs.replace(summary, notes=tuple(notes), convention=told)
+
+    def nothing(self) -> str:
+        """Why there is no summary."""
+        if self.stepped:
+            return (
+                "no step was finished: where nothing is called that trains, the first step of an optimizer is where "
+                "metering begins, and no other one came."
+            )
+        if self.elsewhere:
+            return (
+                "no step was found: an optimizer stepped in a thread that the script started, and steps of other "
+                "threads are not seen. Train in the main thread, or use flopprof.Meter in that one."
+            )
+        if self.meter is not None:
+            return (
+                "no step was found: a model was called to train, but no torch optimizer stepped, and it is by their "
+                "steps that steps are told. For another kind of optimizer use flopprof.Meter in the loop."
+            )
+        return (
+            "no step was found: no torch optimizer stepped in this process. Processes that the script starts are "
+            "not seen; start those with torchrun."
         )
-        return msgspec.structs.replace(summary, notes=(*summary.notes, note))
 
     # --- modules -----------------------------------------------------------------------------------------------------
     def _called(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
@@ -206,6 +236,7 @@ class Script:
         if torch.compiler.is_compiling() or self._compiled_step:
             return
         if _node() is not None or self._thread != _thread():
+            self.elsewhere |= _node() is None and self._thread != 0
             return
         if optimizer in self._inside:  # its last step raised
             self._inside.clear()
@@ -299,6 +330,22 @@ class Script:
                 self._aside = False
 
         return aside
+
+
+# What notes advise, as it is said where there is no Meter in the script.
+_MEANT = (
+    ("recount_every=", "recount_every= of a flopprof.Meter in the script"),
+    ("give Meter tokens= and samples=", "a flopprof.Meter in the script is told how many by tokens= and samples="),
+    ("`peak=flopprof.measure_peak()` or `flopprof peaks --measure`", "`--peak measure`"),
+    ("peak=...", "--peak"),
+    ("use meter.track(loader), meter.step(batch) or meter.wrap(step)", "use a flopprof.Meter in the script"),
+)
+
+
+def _meant(note: str) -> str:
+    for said, meant in _MEANT:
+        note = note.replace(said, meant)
+    return note
 
 
 class _Changeable(OrderedDict[int, Any]):

@@ -11,6 +11,7 @@ from typing import Any
 from flopprof.errors import UsageError
 from flopprof.meter.checks import whole
 from flopprof.meter.history import History
+from flopprof.meter.logged import Logged
 from flopprof.meter.recorder import Recorder
 from flopprof.meter.steps import OpenStep
 from flopprof.meter.summary import checked_name
@@ -117,7 +118,7 @@ class Stepping:
         if not step.left_out:  # before anything is told: what is done there may change what comes
             self._repeat.left, self._repeat.at_once = self._ahead(), self._history.at_once
         if self.log is not None and self._begun % self.log_every == 0:
-            self.log(self.metrics())
+            self.log(Logged(self.metrics(), step=self._begun))
         else:
             self._settle_soon()
 

@@ -13,6 +13,10 @@ from flopprof.units import format_flops, format_si
 
 _NAMED = 8
 _NO_MFU = "no MFU: "
+_SHARED = (
+    "not known: ranks share data (tensor or pipeline parallelism); meter.world(data_parallel=N) says how many read "
+    "their own"
+)
 
 
 class RankReport(msgspec.Struct, frozen=True, kw_only=True):
@@ -20,7 +24,7 @@ class RankReport(msgspec.Struct, frozen=True, kw_only=True):
 
     model_flops, hardware_flops   of all steps whose work is known
     timed         figures of the steps that are timed; None where there is none
-    shared_data   its model is sharded in a way that makes ranks read the same data (tensor parallelism)
+    shared_data   its model is split in a way that makes ranks read the same data (tensor or pipeline parallelism)
     reason        why its MFU is not known
     """
 
@@ -140,7 +144,7 @@ class World(msgspec.Struct, frozen=True, kw_only=True):
         if speeds:
             lines.append(("throughput", ", ".join(speeds)))
         elif self.data_parallel is None:
-            lines.append(("throughput", "not known: ranks share data; say by data_parallel= how many read their own"))
+            lines.append(("throughput", _SHARED))
         slowest, spread = self.slowest, self.spread
         if slowest is not None and spread is not None:
             longer = f"{percent(spread)} over the fastest" if len(self._timed()) > 1 else "the only one"
