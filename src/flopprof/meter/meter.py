@@ -219,7 +219,7 @@ class Meter(Stepping):
     def world(self, *, group: ProcessGroup | None = None, data_parallel: int | None = None) -> World:
         """Every rank's figures, and those of all devices together: one collective of `group`, which all must join.
 
-        data_parallel  how many ranks read data of their own; None: all, unless the model is tensor- or pipeline-parallel
+        data_parallel  how many ranks read data of their own; None: all, unless tensors or a pipeline are parallel
 
         Raises FlopprofError where a rank does not answer.
         """

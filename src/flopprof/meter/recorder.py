@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ from flopprof.meter.between import Evaluations
 from flopprof.meter.floats import Floats
 from flopprof.meter.padding import Padding, Unpadded
 from flopprof.meter.places import Done
-from flopprof.meter.signature import Root, arguments, size_of
+from flopprof.meter.signature import Optimizers, Root, arguments, size_of
 from flopprof.meter.steps import Moment, OpenStep, Repeat
 from flopprof.meter.timing import Timer
 from flopprof.meter.tracking import Tracker
@@ -70,6 +71,7 @@ class Recorder:
         self._moments: list[Moment] | None = None  # of this step, where the next ones may be held against it
         self._unpadded = Unpadded()
         self._floats = Floats()
+        self._optimizers = Optimizers()
         for model in models:
             self.add(model)
 
@@ -275,7 +277,14 @@ class Recorder:
         assert step is not None
         root.refresh()
         structure, ints = arguments(args, kwargs, root.flash, root.names)
-        about = root.index, root.module.training, grad, root.wanted() if grad else 0, root.cast(), root.weight()
+        about = (
+            root.index,
+            root.module.training,
+            grad,
+            root.wanted() if grad else root.shaped,
+            root.cast(),
+            root.weight(),
+        )
         known = self.tracker._calls if grad else self.tracker._alone
         structure = self._floats.told((*about, *structure), known.children)
         kept = size_of(root, args, kwargs)
@@ -324,7 +333,6 @@ class Recorder:
 
     def stepped(self, optimizer: torch.optim.Optimizer, *, closure: bool, over: bool) -> None:
         """An optimizer's step begins, or one with a closure ends."""
-        kind = type(optimizer)
         step = self.at_length()
         if step is None or (self._span is not None and self._span[0]):
             return
@@ -333,12 +341,12 @@ class Recorder:
         if over:
             self.tracker.after_closure()
             return
-        self._note((self.repeat.nodes(), kind))
+        self._note((self.repeat.nodes(), weakref.ref(optimizer)))
         step.optimizer_steps += 1
         self._closures |= closure
         roots = self._roots
         wanted = roots[0].number if len(roots) == 1 else tuple([root.number for root in roots])
-        event = "optimizer", kind.__name__, wanted
+        event = "optimizer", type(optimizer).__name__, self._optimizers.number(optimizer), wanted
         if closure or self.known(event) is None:
             self._moments = None
             self.tracker.optimizer(event, closure=closure)

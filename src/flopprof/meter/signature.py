@@ -13,7 +13,8 @@ import itertools
 import math
 import numbers
 import sys
-from collections.abc import Iterator, Mapping
+import weakref
+from collections.abc import Iterable, Iterator, Mapping
 from hashlib import blake2b
 from operator import attrgetter
 from typing import Any
@@ -108,7 +109,7 @@ class Root:
 
     __slots__ = (
         "__weakref__", "_casts", "_flags", "_shapes", "apart", "bounds_at", "device", "flash", "fresh", "frozen",
-        "index", "module", "names", "number", "parameters", "parts", "trained", "two_stacks", "wanting",
+        "index", "module", "names", "number", "parameters", "parts", "shaped", "trained", "two_stacks", "wanting",
     )  # fmt: skip
 
     def __init__(self, module: torch.nn.Module, index: int) -> None:
@@ -121,15 +122,17 @@ class Root:
         self.fresh = False  # nothing but these can have changed since then
         self._shapes = b""
         self.number = 0  # for the parameters' shapes and the set of those that want a gradient
+        self.shaped = 0  # for the shapes alone: below 0
         self.refresh()
 
     def refresh(self) -> None:
         """Look its parts and parameters up again."""
         self.parts = frozenset(map(id, self.module.modules()))
         self.parameters, self._flags, self.fresh = list(self.module.parameters()), None, False
-        shapes = repr([tuple(parameter.shape) for parameter in self.parameters if not is_lazy(parameter)]).encode()
+        shapes = _shapes(self.parameters)
         if shapes != self._shapes:  # another head, say: the same arguments multiply something else now
             self._shapes = shapes
+            self.shaped = -_number(shapes)
         tensor = next(iter(self.parameters), None)
         self.flash = uses_flash(self.module)
         self.two_stacks = bool(_said(self.module, "is_encoder_decoder"))
@@ -160,8 +163,7 @@ class Root:
             self._flags = flags
             self.wanting = [*itertools.compress(self.parameters, flags)]
             self.frozen = [parameter for parameter, flag in zip(self.parameters, flags, strict=True) if not flag]
-            # The same in every process, and never 0, which stands for none.
-            self.number = 1 + int.from_bytes(blake2b(bytes(flags) + self._shapes, digest_size=7).digest())
+            self.number = _number(bytes(flags) + self._shapes)
         self.fresh = True
         return self.number
 
@@ -169,6 +171,32 @@ class Root:
         """Keep no parameter alive."""
         for parameters in (self.parameters, self.wanting, self.frozen):
             parameters.clear()
+
+
+class Optimizers:
+    """A number for each optimizer, by what it steps: two of one class may multiply for parameters of their own."""
+
+    def __init__(self) -> None:
+        self._known: weakref.WeakKeyDictionary[Any, tuple[tuple[int, ...], int]] = weakref.WeakKeyDictionary()
+
+    def number(self, optimizer: torch.optim.Optimizer) -> int:
+        """The same in every process."""
+        groups = [group["params"] for group in optimizer.param_groups]
+        sizes = tuple(map(len, groups))
+        known, number = self._known.get(optimizer, ((), 0))
+        if sizes != known or not number:
+            number = _number(repr([_shapes(group) for group in groups]).encode())
+            self._known[optimizer] = sizes, number
+        return number
+
+
+def _shapes(parameters: Iterable[torch.Tensor]) -> bytes:
+    return repr([tuple(parameter.shape) for parameter in parameters if not is_lazy(parameter)]).encode()
+
+
+def _number(told: bytes) -> int:
+    """The same in every process, and above 0, which stands for none."""
+    return 1 + int.from_bytes(blake2b(told, digest_size=7).digest())
 
 
 class _Told:
@@ -318,7 +346,8 @@ def size_of(root: Root, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tup
             if len(shape) == 2 and not value.is_floating_point() and not value.is_complex():
                 return shape[0] * shape[1], shape[0], _padding(tokens, shape, given, at)
             return 0, shape[0], None
-    return 0, 0, None
+    batch = next((value for value in (*args, *kwargs.values()) if isinstance(value, Mapping)), None)
+    return (0, 0, None) if batch is None else (*size_of(root, (), batch)[:2], None)
 
 
 def _padding(tokens: str | None, shape: Any, given: Mapping[str, Any], at: Mapping[str, int | str]) -> Padding | None:

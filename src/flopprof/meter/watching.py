@@ -35,6 +35,7 @@ _grad_enabled = torch.is_grad_enabled
 _nodes_made = torch._C._autograd._get_sequence_nr
 _any_autocast = torch._C._is_any_autocast_enabled  # of many devices: quicker to ask than one
 _Tensor = torch.Tensor
+_ref = weakref.ref
 _QUICK = frozenset({bool, type(None), int, float, str, torch.dtype})
 _compiling = torch.compiler.is_dynamo_compiling  # False; a compiler that looks inside a hook reads True
 
@@ -97,12 +98,11 @@ class Before:
                 0 if repeat.blind else _nodes_made() - repeat.made,
                 root.index,
                 module.training,
-                _grad_enabled()
-                and (
-                    root.number
-                    if root.fresh and all(map(wants, root.wanting)) and not any(map(wants, root.frozen))
-                    else root.wanted()
-                ),
+                root.shaped
+                if not _grad_enabled()
+                else root.number
+                if root.fresh and all(map(wants, root.wanting)) and not any(map(wants, root.frozen))
+                else root.wanted(),
                 root.cast() if root.apart or _any_autocast() else None,
                 parameters[0].dtype if parameters else None,
             ]
@@ -173,7 +173,7 @@ def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> No
     for repeat in _repeats:
         if repeat.thread == _thread():
             nodes = 0 if repeat.blind else _nodes_made() - repeat.made
-            if repeat.on and not closure and (nodes, type(optimizer)) == repeat.events[repeat.at]:
+            if repeat.on and not closure and (nodes, _ref(optimizer)) == repeat.events[repeat.at]:
                 repeat.at += 1
                 continue
             listener = repeat.listener()
