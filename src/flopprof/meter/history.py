@@ -15,9 +15,9 @@ from flopprof.meter.figures import Figures, StepRecord, figures, flops_by_rate, 
 from flopprof.meter.peaks import Peaks
 from flopprof.meter.places import Done
 from flopprof.meter.ranks import path_of_rank, place_of_process, shares_data
-from flopprof.meter.recorder import NO_PAUSES, Recorder
+from flopprof.meter.recorder import Recorder
 from flopprof.meter.records import SCHEMA, RecordWriter, RunBetween, RunPeaks, RunStart
-from flopprof.meter.steps import OpenStep
+from flopprof.meter.steps import NO_PAUSES, OpenStep
 from flopprof.meter.summary import Summary, over_peak, row_of
 from flopprof.meter.work import Work
 from flopprof.profile import Attention
@@ -109,7 +109,7 @@ class History:
         if type(end) is float and not step.spans:
             whole, evaluation, paused = end - step.start, 0.0, NO_PAUSES
         else:
-            times = self._recorder.times(step, wait=wait)
+            times = step.times(self._recorder.timer, wait=wait)
             if times is None:
                 return False
             whole, evaluation, paused = times
@@ -305,7 +305,7 @@ class History:
     # --- resuming ----------------------------------------------------------------------------------------------------
     def state(self) -> dict[str, Any]:
         """Plain values that `restore` goes on from."""
-        number_of = self._recorder.tracker.numbered()
+        number_of = self._recorder.tracker.tree.numbered()
         return {
             "records": [msgspec.to_builtins(record) for record in self.records],
             "signatures": [number_of(segments) for segments in self._signatures],
@@ -316,7 +316,7 @@ class History:
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on from there."""
         self.records = [msgspec.convert(record, StepRecord) for record in state["records"]]
-        found = self._recorder.tracker.found
+        found = self._recorder.tracker.tree.found
         self._signatures = {found(numbers): i for i, numbers in enumerate(state["signatures"])}
         self._kinds_seen = len(state["signatures"])
         self._unknown.clear()

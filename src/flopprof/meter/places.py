@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
+
+import msgspec
 
 from flopprof.meter.fitting import Forms
 from flopprof.meter.work import Work
@@ -211,13 +215,56 @@ class Place:
         self._fit_anew()
 
 
-def roots(sight: Sight) -> tuple[Place, Place, Place]:
-    """Of starts of steps, of calls and backward passes that make a graph, and of everything else."""
-    return (
-        Place(sight, -1, recorded=False),
-        Place(sight, -1, recorded=True),
-        Place(sight, -1, recorded=False),
-    )
+class Tree:
+    """All places: under starts of steps, under calls and backward passes that make a graph, and everything else."""
+
+    def __init__(self) -> None:
+        self.sight = Sight()
+        self.start = Place(self.sight, -1, recorded=False)
+        self.calls = Place(self.sight, -1, recorded=True)
+        self.alone = Place(self.sight, -1, recorded=False)
+
+    def places(self) -> Iterator[tuple[int, Any, Place]]:
+        """Every place with the number of the one above it and the event between them; the three roots have none."""
+        waiting: deque[tuple[int, Any, Place]] = deque((-1, (), root) for root in (self.start, self.calls, self.alone))
+        number = 0
+        while waiting:
+            above, event, place = waiting.popleft()
+            yield above, event, place
+            waiting.extend((number, event, child) for event, child in place.children.items())
+            number += 1
+
+    def numbered(self) -> Callable[[tuple[Done, ...]], list[Any]]:
+        """What writes segments down by their places' numbers."""
+        numbers = {id(place): number for number, (_, _, place) in enumerate(self.places())}
+        return lambda segments: [(numbers.get(id(done.place), -1), done.ints) for done in segments]
+
+    def found(self, numbers: list[Any]) -> tuple[Done, ...]:
+        """The segments that were written down."""
+        places = [place for _, _, place in self.places()]
+        return tuple(places[number].end(tuple(ints)) for number, ints in numbers if number >= 0)
+
+    def state(self) -> dict[str, Any]:
+        """Everything counted, as plain values."""
+        return {
+            "blind": self.sight.blind,
+            "places": [
+                (above, event, [(ints, msgspec.to_builtins(work)) for ints, work in place.known.items()])
+                for above, event, place in self.places()
+            ],
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> int:
+        """Go on from there: so many places there are."""
+        self.__init__()  # type: ignore[misc]  # as it was made
+        self.sight.blind = state["blind"]
+        top = [self.start, self.calls, self.alone]
+        places: list[Place] = []
+        for above, event, known in state["places"]:
+            place = top[len(places)] if above < 0 else places[above].child(event)
+            place.recall({tuple(ints): msgspec.convert(work, Work) for ints, work in known})
+            places.append(place)
+        return len(places)
 
 
 def _without_nodes(ints: Ints) -> Ints:

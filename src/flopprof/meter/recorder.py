@@ -29,9 +29,6 @@ _OUTSIDE = (
 )
 
 
-NO_PAUSES: dict[str, float] = {}
-
-
 class Roots(list[Root]):
     """The models, in the order in which they were given."""
 
@@ -164,7 +161,7 @@ class Recorder:
         else:
             step.unseen = step.batch is None
             structure, ints = arguments((step.batch,), {})
-            structure = self._floats.told(("given", *structure), self.tracker._start.children)
+            structure = self._floats.told(("given", *structure), self.tracker.tree.start.children)
             self.tracker.begin(structure, ints, recount=recount)
         if self.tracker.counter is not None:
             step.left_out = ("counted",)
@@ -285,7 +282,7 @@ class Recorder:
             root.cast(),
             root.weight(),
         )
-        known = self.tracker._calls if grad else self.tracker._alone
+        known = self.tracker.tree.calls if grad else self.tracker.tree.alone
         structure = self._floats.told((*about, *structure), known.children)
         kept = size_of(root, args, kwargs)
         counted = self.tracker.counter is not None
@@ -352,23 +349,6 @@ class Recorder:
             self.tracker.optimizer(event, closure=closure)
 
     # --- read later --------------------------------------------------------------------------------------------------
-    def times(self, step: OpenStep, *, wait: bool) -> tuple[float, float, dict[str, float]] | None:
-        """(seconds in all, of evaluation, of each pause); None where the device is not past the step yet."""
-        whole = self.timer.seconds(step.start, step.end, wait=wait)
-        if whole is None:
-            return None
-        if not step.spans:
-            return whole, 0.0, NO_PAUSES
-        evaluation = 0.0
-        paused: dict[str, float] = {}
-        for name, start, end in step.spans:
-            passed = self.timer.seconds(start, end, wait=True) or 0.0
-            if name:
-                paused[name] = paused.get(name, 0.0) + passed
-            else:
-                evaluation += passed
-        return whole, evaluation, paused
-
     def work(self, segments: tuple[Done, ...]) -> Work | None:
         """What a step of these segments multiplied; None where one of them is not counted."""
         parts = [done.place.end(done.ints).work if done.work is None else done.work for done in segments]
@@ -384,8 +364,8 @@ class Recorder:
             yield _OUTSIDE
         if self._closures:
             yield "what an optimizer with a closure multiplies itself depends on its state, and is in no count."
-        tracker = self.tracker
-        yield from self._floats.notes(*(place.children for place in (tracker._start, tracker._calls, tracker._alone)))
+        tree = self.tracker.tree
+        yield from self._floats.notes(tree.start.children, tree.calls.children, tree.alone.children)
         if self.tracker.corrections:
             yield (
                 f"{self.tracker.corrections} counts differed from an earlier one of the same signature: work depends "

@@ -176,7 +176,7 @@ class Script:
         self._finder = Finder(meter._recorder)
         meter.start_step()
         tracker = meter._recorder.tracker
-        tracker._enter(tracker._alone.child(("script",)).start(()), None)
+        tracker._enter(tracker.tree.alone.child(("script",)).start(()), None)
         if self._inside:  # in a closure that an optimizer runs
             meter._recorder.stepped(self._inside[0], closure=True, over=False)
 

@@ -28,6 +28,9 @@ _mode_at = torch._C._get_dispatch_stack_at
 _nodes_made = torch._C._autograd._get_sequence_nr
 
 
+NO_PAUSES: dict[str, float] = {}
+
+
 class OpenStep:
     """A step under way, or one that no record was made of yet."""
 
@@ -48,6 +51,23 @@ class OpenStep:
     def ordinary(self) -> bool:
         """Is it like most steps are?"""
         return not (self.spans or self.unpadded or self.left_out or self.unseen)
+
+    def times(self, timer: Timer, *, wait: bool) -> tuple[float, float, dict[str, float]] | None:
+        """(seconds in all, of evaluation, of each pause); None where the device is not past the step yet."""
+        whole = timer.seconds(self.start, self.end, wait=wait)
+        if whole is None:
+            return None
+        if not self.spans:
+            return whole, 0.0, NO_PAUSES
+        evaluation = 0.0
+        paused: dict[str, float] = {}
+        for name, start, end in self.spans:
+            passed = timer.seconds(start, end, wait=True) or 0.0
+            if name:
+                paused[name] = paused.get(name, 0.0) + passed
+            else:
+                evaluation += passed
+        return whole, evaluation, paused
 
     def again(self) -> OpenStep:
         """One more like it. (copy.copy takes five times as long.)"""

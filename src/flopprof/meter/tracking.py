@@ -14,17 +14,15 @@ stands for: there they are not looked at.)
 from __future__ import annotations
 
 import logging
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, Protocol
 
-import msgspec
 import torch
 from torch.utils._python_dispatch import _pop_mode, _push_mode
 
 from flopprof.counting.runtime import FlopCounter
 from flopprof.counting.tally import Tally
-from flopprof.meter.places import MOST, Done, Ints, Place, Segment, Sight, Start, roots
+from flopprof.meter.places import MOST, Done, Ints, Place, Segment, Start, Tree
 from flopprof.meter.signature import Structure
 from flopprof.meter.steps import Here
 from flopprof.meter.watching import anything_compiled
@@ -63,8 +61,7 @@ class Tracker:
         self.whole = False  # this step is counted from its start on
         self.from_start = True  # the next step is counted from its start on
         self.corrections = 0  # counts that showed an earlier count or form of the same segment to be wrong
-        self._sight = Sight()
-        self._start, self._calls, self._alone = roots(self._sight)
+        self.tree = Tree()
         self._steps = 0
         self._due: set[int] = set()  # steps to count, because something came again after as many steps
         self._matched = False  # a segment made as many nodes uncounted as when it was counted
@@ -81,7 +78,7 @@ class Tracker:
     @property
     def blind(self) -> bool:
         """Nodes are not looked at: something runs compiled."""
-        return self._sight.blind
+        return self.tree.sight.blind
 
     # --- events ------------------------------------------------------------------------------------------------------
     def begin(self, structure: Structure = (), ints: Ints = (), *, recount: bool = False) -> None:
@@ -108,7 +105,7 @@ class Tracker:
                 self.lose_sight()
             self._open()
         self.whole = wanted
-        segment = self._enter(self._start.child(structure).start(ints), None)
+        segment = self._enter(self.tree.start.child(structure).start(ints), None)
         if not structure:
             self._first = segment
 
@@ -140,7 +137,7 @@ class Tracker:
         if segment is None or self.counter is not None:
             return None
         made = _nodes_made()
-        edge = segment.edges.get((0 if self._sight.blind else made - self._made, event))
+        edge = segment.edges.get((0 if self.tree.sight.blind else made - self._made, event))
         if edge is None or not edge[1].start.known:
             return None
         self._made = made
@@ -151,12 +148,12 @@ class Tracker:
     def call(self, event: Any, structure: Structure, ints: Ints, kept: Any, *, records: bool) -> None:
         """A model is called. event: what tells the call apart at once; records: autograd records it."""
         if not records:
-            self._follow(event, self._alone.child(structure), ints, kept)
+            self._follow(event, self.tree.alone.child(structure), ints, kept)
             return
         key, before, done = self._end(event)
         graph = self._graph
         if graph is None or graph.place.over:
-            start = self._calls.child(structure).start(ints)
+            start = self.tree.calls.child(structure).start(ints)
         else:
             start = graph.place.child(structure).start(graph.ints + ints)
         self._link(key, before, done, self._enter(start, None), kept)
@@ -166,18 +163,18 @@ class Tracker:
         opened = self.counter is None
         key, before, done = self._end(event)
         graph = self._graph
-        place, ints = (self._calls, ()) if graph is None else (graph.place, graph.ints)
+        place, ints = (self.tree.calls, ()) if graph is None else (graph.place, graph.ints)
         self._link(key, before, done, self._enter(place.child(event).start(ints), None), True)
         return opened and self.counter is not None
 
     def optimizer(self, event: Structure, *, closure: bool) -> None:
         """An optimizer steps. What it does between calls of its closure depends on its state, and is left out."""
-        self._follow(event, self._alone.child(event), (), True)
+        self._follow(event, self.tree.alone.child(event), (), True)
         self._closure = closure
 
     def after_closure(self) -> None:
         """The step of an optimizer with a closure is over."""
-        self._follow("over", self._alone.child(("over",)), (), True)
+        self._follow("over", self.tree.alone.child(("over",)), (), True)
         self._closure = False
 
     def interrupt(self) -> None:
@@ -190,7 +187,7 @@ class Tracker:
         """The step is over: its segments. Their work is known then, but where one must be counted another time."""
         segment = self._segment
         if self.counter is None and segment is not None:
-            done = segment.ends.get(0 if self._sight.blind else _nodes_made() - self._made)
+            done = segment.ends.get(0 if self.tree.sight.blind else _nodes_made() - self._made)
             if done is not None and done.work is not None:
                 self._segment = None
                 self._trail.append(done)
@@ -215,58 +212,22 @@ class Tracker:
 
     def lose_sight(self) -> None:
         """Something runs compiled: from now on, nodes are not looked at, nor those that were counted."""
-        if not self._sight.blind:
-            self._sight.blind = True
+        if not self.tree.sight.blind:
+            self.tree.sight.blind = True
             self._first = None
-            for _, _, place in self._places():
+            for _, _, place in self.tree.places():
                 place.forget_nodes()
 
     # --- resuming ----------------------------------------------------------------------------------------------------
-    def _places(self) -> Iterator[tuple[int, Structure, Place]]:
-        """Every place with the number of the one above it and the event between them; the three roots have none."""
-        waiting: deque[tuple[int, Structure, Place]] = deque(
-            (-1, (), root) for root in (self._start, self._calls, self._alone)
-        )
-        number = 0
-        while waiting:
-            above, event, place = waiting.popleft()
-            yield above, event, place
-            waiting.extend((number, event, child) for event, child in place.children.items())
-            number += 1
-
-    def numbered(self) -> Callable[[tuple[Done, ...]], list[Any]]:
-        """What writes segments down by their places' numbers."""
-        numbers = {id(place): number for number, (_, _, place) in enumerate(self._places())}
-        return lambda segments: [(numbers.get(id(done.place), -1), done.ints) for done in segments]
-
-    def found(self, numbers: list[Any]) -> tuple[Done, ...]:
-        """The segments that were written down."""
-        places = [place for _, _, place in self._places()]
-        return tuple(places[number].end(tuple(ints)) for number, ints in numbers if number >= 0)
-
     def state(self) -> dict[str, Any]:
         """Everything counted, as plain values."""
-        return {
-            "blind": self.blind,
-            "corrections": self.corrections,
-            "places": [
-                (above, event, [(ints, msgspec.to_builtins(work)) for ints, work in place.known.items()])
-                for above, event, place in self._places()
-            ],
-        }
+        return {"corrections": self.corrections, **self.tree.state()}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on from there."""
         self.corrections = state["corrections"]
-        places: list[Place] = []
-        self._sight.blind = state["blind"]
-        self._start, self._calls, self._alone = top = roots(self._sight)
-        for above, event, known in state["places"]:
-            place = top[len(places)] if above < 0 else places[above].child(event)
-            place.recall({tuple(ints): msgspec.convert(work, Work) for ints, work in known})
-            places.append(place)
         self._first = None
-        self.from_start = len(places) <= 3
+        self.from_start = self.tree.restore(state) <= 3
 
     # --- segments ----------------------------------------------------------------------------------------------------
     def _follow(self, event: Any, place: Place, ints: Ints, kept: Any) -> None:
@@ -277,7 +238,7 @@ class Tracker:
     def _end(self, event: Any) -> tuple[Any, Segment | None, Done | None]:
         """The running segment ends with this event: the key of that, the segment, and what is left of it."""
         before = self._segment
-        key = (0 if self._sight.blind else _nodes_made() - self._made, event)
+        key = (0 if self.tree.sight.blind else _nodes_made() - self._made, event)
         return key, before, self._settle()
 
     def _link(self, key: Any, before: Segment | None, done: Done | None, segment: Segment, kept: Any) -> None:
@@ -303,7 +264,7 @@ class Tracker:
             tally, counter.tally = counter.tally, Tally()
         if segment is None:
             return None
-        made = 0 if self._sight.blind else _nodes_made() - self._made
+        made = 0 if self.tree.sight.blind else _nodes_made() - self._made
         done = segment.end(made)
         self._graph = done if segment.start.place.recorded else segment.graph
         self._trail.append(done)
