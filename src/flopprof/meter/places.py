@@ -91,11 +91,25 @@ class Place:
 
     recorded  autograd follows these events
     over      with the last of them a graph was done with: a call begins a new one
+    busy      something was multiplied here
     told      nothing but what the step was given tells its calls apart, so that no graph is ever done with
     """
 
     __slots__ = (
-        *("children", "depth", "done", "evaluations", "forms", "known", "missed", "opens", "over", "plain", "recorded"),
+        *(
+            "busy",
+            "children",
+            "depth",
+            "done",
+            "evaluations",
+            "forms",
+            "known",
+            "missed",
+            "opens",
+            "over",
+            "plain",
+            "recorded",
+        ),
         *("sight", "starts", "told", "tries"),
     )
 
@@ -104,6 +118,7 @@ class Place:
         self.depth = depth  # 0 where a graph begins: nothing before it matters
         self.recorded, self.over, self.told = recorded, over, told
         self.opens = True  # a counter may be opened here
+        self.busy = False
         self.plain = False  # a backward pass that makes no graph of its own
         self.children: dict[Any, Place] = {}
         self.starts: dict[Ints, Start] = {}
@@ -195,6 +210,7 @@ class Place:
     def recall(self, known: dict[Ints, Work]) -> None:
         """What was counted in another process."""
         self.known = known
+        self.busy = any(work.hardware_flops for work in known.values())
         self._fit_anew()
 
     def _fit_anew(self) -> None:

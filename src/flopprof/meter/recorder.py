@@ -23,9 +23,15 @@ from flopprof.profile import Attention
 # The lists of the models' parameters are made anew after so many steps.
 _REFRESH = 256
 _grad_enabled = torch.is_grad_enabled
+# Of loops whose optimizers are given closures, so many kinds of batches are counted as soon as they come.
+_MOST_BATCHES = 16
 _OUTSIDE = (
     "a model is called inside a compiled function, where its inputs are not seen: use meter.track(loader), "
     "meter.step(batch) or meter.wrap(step), whose arguments then tell steps apart."
+)
+_BYPASSED = (
+    "no model is called in the steps, but something of it (model.forward, model.loss), whose inputs are not seen: use "
+    "meter.track(loader), meter.step(batch) or meter.wrap(step), whose arguments then tell steps apart."
 )
 
 
@@ -54,6 +60,9 @@ class Recorder:
         self.tracker = Tracker(self._roots, attention)
         self.known = self.tracker.known
         self.opaque = False  # a model runs inside a compiled function
+        self.needs_calls = True  # a step without one is told by nothing else
+        self._bypassed = self._unseen = False  # no model was called in the latest step; nothing told one from others
+        self._batches: set[Any] = set()
         self._watch = Watch()
         self._step: OpenStep | None = None
         self._span: tuple[str, Any] | None = None  # a pause or an evaluation inside the step
@@ -156,16 +165,19 @@ class Recorder:
             self.end_outside(step.number, waited=step.data_wait_s)
         step.compilations = instruments.compilations
         step.start = self.timer.mark()
-        if not self.opaque:
+        given = self.opaque or self._bypassed
+        recount |= (self._closures or self._looked == 1) and self._new(step.batch)
+        if not given:
             self.tracker.begin(recount=recount)
         else:
             step.unseen = step.batch is None
+            self._unseen |= step.unseen
             structure, ints = arguments((step.batch,), {})
             structure = self._floats.told(("given", *structure), self.tracker.tree.start.children)
             self.tracker.begin(structure, ints, recount=recount)
         if self.tracker.counter is not None:
             step.left_out = ("counted",)
-        self._moments = [] if learns and self._alike and not self.tracker.whole and not self.opaque else None
+        self._moments = [] if learns and self._alike and not self.tracker.whole and not given else None
 
     def close(self, step: OpenStep, *, failed: bool) -> None:
         """The step is over."""
@@ -179,6 +191,11 @@ class Recorder:
         else:
             step.segments = self.tracker.finish()
         step.end = self.timer.mark()
+        if step.calls or self._bypassed:
+            self._bypassed &= not step.calls
+        elif self.needs_calls and self._roots and step.segments:
+            first = step.segments[0].work
+            self._bypassed = first is not None and any(row[0] for row in first.flops.values())
         if instruments.compilations != step.compilations:
             step.left_out = (*step.left_out, "compiled")
             if not self.tracker.whole:
@@ -189,6 +206,15 @@ class Recorder:
         if self._learnt and moments is not None:
             self.repeat.learn(moments, step)
         self._before, self._alike = step.segments, alike
+
+    def _new(self, batch: Any) -> bool:
+        """Is the batch unlike those before? In a closure its call could not be counted, once it is made."""
+        if batch is None or len(self._batches) >= _MOST_BATCHES:
+            return False
+        told = arguments((batch,), {})
+        new = told not in self._batches
+        self._batches.add(told)
+        return new
 
     def _note(self, event: Any) -> None:
         """An event comes, perhaps in a step that the next ones may be held against."""
@@ -360,8 +386,8 @@ class Recorder:
 
     def notes(self) -> Iterator[str]:
         """What a reader of the figures must know."""
-        if self.opaque:
-            yield _OUTSIDE
+        if self._unseen:
+            yield _OUTSIDE if self.opaque else _BYPASSED
         if self._closures:
             yield "what an optimizer with a closure multiplies itself depends on its state, and is in no count."
         tree = self.tracker.tree

@@ -41,6 +41,9 @@ _DOUBTS = 2
 _TRIES = 3
 
 
+Lead = tuple[Structure, Ints]  # a call's
+
+
 class Models(Protocol):
     """The models of a meter."""
 
@@ -147,10 +150,11 @@ class Tracker:
 
     def call(self, event: Any, structure: Structure, ints: Ints, kept: Any, *, records: bool) -> None:
         """A model is called. event: what tells the call apart at once; records: autograd records it."""
+        lead = structure, ints
         if not records:
-            self._follow(event, self.tree.alone.child(structure), ints, kept)
+            self._follow(event, self.tree.alone.child(structure), ints, kept, lead)
             return
-        key, before, done = self._end(event)
+        key, before, done = self._end(event, lead)
         graph = self._graph
         if graph is None or graph.place.over:
             start = self.tree.calls.child(structure).start(ints)
@@ -230,16 +234,16 @@ class Tracker:
         self.from_start = self.tree.restore(state) <= 3
 
     # --- segments ----------------------------------------------------------------------------------------------------
-    def _follow(self, event: Any, place: Place, ints: Ints, kept: Any) -> None:
+    def _follow(self, event: Any, place: Place, ints: Ints, kept: Any, lead: Lead | None = None) -> None:
         """Something that autograd does not record: what it recorded before goes on behind it."""
-        key, before, done = self._end(event)
+        key, before, done = self._end(event, lead)
         self._link(key, before, done, self._enter(place.start(ints), self._graph), kept)
 
-    def _end(self, event: Any) -> tuple[Any, Segment | None, Done | None]:
+    def _end(self, event: Any, lead: Lead | None = None) -> tuple[Any, Segment | None, Done | None]:
         """The running segment ends with this event: the key of that, the segment, and what is left of it."""
         before = self._segment
         key = (0 if self.tree.sight.blind else _nodes_made() - self._made, event)
-        return key, before, self._settle()
+        return key, before, self._settle(lead)
 
     def _link(self, key: Any, before: Segment | None, done: Done | None, segment: Segment, kept: Any) -> None:
         if before is not None and done is not None and done.work is not None:
@@ -255,22 +259,26 @@ class Tracker:
             self._count_now(start)
         return segment
 
-    def _settle(self) -> Done | None:
-        """The segment that runs is over."""
+    def _settle(self, lead: Lead | None = None) -> Done | None:
+        """The segment that runs is over. lead: the call that ended it."""
         segment, self._segment = self._segment, None
         counter = self.counter
-        tally = None
+        work = None
         if counter is not None:
             tally, counter.tally = counter.tally, Tally()
+            if segment is not None:
+                profile = tally.profile(counter._names.frames, counter.model, self._attention)
+                work = work_of(profile, optimizer=not self._closure)
         if segment is None:
             return None
         made = 0 if self.tree.sight.blind else _nodes_made() - self._made
+        if lead is not None and segment is self._first:
+            segment = _led(segment, made, lead, work)
         done = segment.end(made)
         self._graph = done if segment.start.place.recorded else segment.graph
         self._trail.append(done)
-        if tally is not None and counter is not None:
-            profile = tally.profile(counter._names.frames, counter.model, self._attention)
-            self._learn(done, work_of(profile, optimizer=not self._closure))
+        if work is not None:
+            self._learn(done, work)
         elif done.work is None:
             self._doubt(segment.start)
         elif made in segment.start.counts:
@@ -334,6 +342,19 @@ class Tracker:
             _close(counter)
         else:
             self._left = counter
+
+
+def _led(segment: Segment, made: int, lead: Lead, work: Work | None) -> Segment:
+    """What a step begins with, before any call: where that multiplies something, the call after it tells how much."""
+    place = segment.start.place
+    if work is not None:
+        place.busy |= bool(work.hardware_flops)
+    if not place.busy:
+        return segment
+    if work is not None:
+        place.note(segment.end(made).ints, work)
+    structure, ints = lead
+    return place.child(("before", *structure)).start(ints).segment(None)
 
 
 def _close(counter: FlopCounter) -> None:
