@@ -67,6 +67,7 @@ class History:
         self._uncounted: dict[str, int] = {}
         self._rows: dict[str, float] = {}
         self._energy = _Energy(device)
+        self.own_count = False  # which step it is, nobody says
 
     @property
     def at_once(self) -> bool:
@@ -197,6 +198,7 @@ class History:
                 rank=rank,
                 world_size=size,
                 shared_data=size > 1 and shares_data(self._recorder.models),
+                own_count=self.own_count,
                 started_at=self._started,
                 schema=SCHEMA,
                 attention=self._attention,

@@ -21,7 +21,8 @@ SCHEMA = "flopprof.run/1"
 class RunStart(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """The line that a process begins with: a first start, or a restart.
 
-    peaks: FLOP/s by rate, as they are known so far. attention: the convention of the counts.
+    peaks: FLOP/s by rate, as they are known so far. attention: the convention of the counts. own_count: its steps are
+    numbered from its own first one, whatever checkpoint it went on from.
     """
 
     started_at: float
@@ -36,6 +37,7 @@ class RunStart(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     rank: int = 0
     world_size: int = 1
     shared_data: bool = False
+    own_count: bool = False
     skip: int = 0
 
 

@@ -23,9 +23,10 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
 
     summary       of the steps that count: of one that was done again after a restart, the last time
     restarts      how often another process went on
-    repeated      steps that were done again, because the checkpoint was older
+    repeated      steps that were done again, because the checkpoint was older; None where that is not known
     wall_s        from the first start to the end of the last step
-    goodput       the share of wall_s in which steps that count were made; one that was slow because it was the first,
+    goodput       the share of wall_s in which steps that count were made (at most, where it is not known which were
+                  done again); one that was slow because it was the first,
                   compiled or counted, counts as long as the median step
     rows          where wall_s went, in seconds; they add up to it
     shared_data   other ranks read the same data
@@ -35,7 +36,7 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
     world_size: int
     summary: Summary
     restarts: int
-    repeated: int
+    repeated: int | None
     wall_s: float
     goodput: float | None
     rows: dict[str, float]
@@ -46,9 +47,12 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
         lines = []
         if self.restarts or self.repeated:
             times = "once" if self.restarts == 1 else f"{self.restarts} times"
-            lines.append(("restarts", f"{times}; {self.repeated} steps were done again"))
+            told = "not known how many steps were done again: each process numbers its own"
+            again = told if self.repeated is None else f"{self.repeated} steps were done again"
+            lines.append(("restarts", f"{times}; {again}"))
         if self.goodput is not None:
-            lines.append(("goodput", f"{100 * self.goodput:.1f} % of {self.wall_s:.3f} s made progress"))
+            most = "at most " if self.repeated is None else ""
+            lines.append(("goodput", f"{most}{100 * self.goodput:.1f} % of {self.wall_s:.3f} s made progress"))
         return lines
 
 
@@ -57,10 +61,12 @@ def run_of(path: str | os.PathLike[str]) -> Run:
     processes = read(path)
     made = [_Made(process) for process in processes]
     for place, later in enumerate(made):
+        if later.process.start.own_count:
+            continue
         first = min((record.step for record in later.kept), default=None)
         for earlier in made[:place]:
             earlier.repeat(first)
-    repeated = sum(len(each.repeated) for each in made)
+    own_count = any(process.start.own_count for process in processes[1:])
     start = processes[-1].start
     rows, wall = _rows(made)
     return Run(
@@ -68,7 +74,7 @@ def run_of(path: str | os.PathLike[str]) -> Run:
         world_size=start.world_size,
         summary=_summary(made),
         restarts=len(processes) - 1,
-        repeated=repeated,
+        repeated=None if own_count else sum(len(each.repeated) for each in made),
         wall_s=wall,
         goodput=rows["steps"] / wall if wall > 0 and any(each.kept for each in made) else None,
         rows=rows,

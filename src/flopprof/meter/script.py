@@ -177,7 +177,9 @@ class Script:
         meter.start_step()
         tracker = meter._recorder.tracker
         tracker._enter(tracker.tree.alone.child(("script",)).start(()), None)
-        if self._inside:  # in a closure that an optimizer runs
+        if self._inside:  # in a closure: what the optimizer multiplies behind it would be taken for the model's
+            tracker.abandon()
+            tracker.from_start = True
             meter._recorder.stepped(self._inside[0], closure=True, over=False)
 
     def _compiling(self, original: Callable[..., Any]) -> Callable[..., Any]:
