@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -313,6 +314,28 @@ def test_lightning_logs_the_figures_with_its_own(tmp_path: Path) -> None:
     assert "flopprof/mfu" in scalars_in(next((tmp_path / "board").iterdir()))
     assert flops(callback.meter) == [(STEP, STEP)] * STEPS
     assert callback.summary().rows["evaluation"] > 0
+
+
+def test_lightning_validates_while_it_accumulates(tmp_path: Path) -> None:
+    """Of four validations, the first and the third lie inside a step of two batches."""
+    from flopprof.integrations.lightning import FlopprofCallback
+
+    slept = 0.0
+
+    class Sleeps(pl.Callback):
+        def on_validation_batch_start(self, *_: Any) -> None:
+            nonlocal slept
+            slept += 0.05
+            time.sleep(0.05)
+
+    callback = FlopprofCallback(peak=1e12)
+    trainer = lightning_trainer(
+        tmp_path, callback, accumulate_grad_batches=2, val_check_interval=3, max_epochs=1, num_sanity_val_steps=0
+    )
+    trainer.callbacks.append(Sleeps())
+    trainer.fit(lightning_module(), batches(12), batches(1))
+    assert slept >= 0.15
+    assert callback.summary().rows["evaluation"] >= slept
 
 
 def test_lightning_optimized_by_hand(tmp_path: Path) -> None:

@@ -52,6 +52,11 @@ class Following:
             self.meter._recorder.resume()
             go_on(self.meter._recorder.tracker, "data_wait", counted=self._counted)
 
+    def instead(self, name: str) -> None:
+        """Inside the step, what the time that data is waited for goes to from here on: evaluation, or data_wait."""
+        if self._waits:
+            self.meter._recorder.pause(name)
+
     def end(self) -> None:
         """The step is over."""
         if self.open:

@@ -83,9 +83,15 @@ class FlopprofCallback(_callback()):  # type: ignore[misc]  # known when it runs
             if found:
                 pl_module.log_dict(found, on_step=True, on_epoch=False, batch_size=1)
 
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Validation begins: between two steps, or between batches that are accumulated in one."""
+        if self._run is not None:
+            self._run.instead("evaluation")
+
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Validation is over."""
         if self._run is not None and not trainer.sanity_checking:
+            self._run.instead("data_wait")
             self._run.passed("evaluation")
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -127,11 +127,13 @@ class Meter(Stepping):
         from flopprof.meter.progress import Progress
 
         line = Progress(self.figures, loader) if progress else None
-        clock, batches = self._clock, iter(loader)
+        clock, batches = self._clock, None
         try:
             while True:
                 self._evaluated()
                 asked = clock()
+                if batches is None:
+                    batches = iter(loader)  # which may start workers
                 try:
                     batch = next(batches)
                 except StopIteration:

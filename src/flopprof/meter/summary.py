@@ -118,7 +118,9 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
     def _steps(self) -> str:
         timed = self.whole.steps if self.whole is not None else 0
         out = ", ".join(f"{count} {reason}" for reason, count in self.left_out.items())
-        return f"{self.steps}, of which {timed} are timed" + (f" (left out: {out})" if out else "")
+        return f"{self.steps}, of which {timed} {'is' if timed == 1 else 'are'} timed" + (
+            f" (left out: {out})" if out else ""
+        )
 
     def _against(self) -> str:
         peaks = "peaks that differ" if self.peaks_differ else format_peaks(self.peaks)
