@@ -109,7 +109,7 @@ OFTEN = {"globals", "standard output closed", "a hook that raises", "a child tha
 @pytest.mark.parametrize("end", [pytest.param(end, marks=() if end in OFTEN else pytest.mark.nightly) for end in ENDS])
 def test_a_script_is_what_it_is_alone(end: str) -> None:
     script(ENDS[end])
-    assert as_alone().startswith("steps       3, of which 1 are timed")
+    assert as_alone().startswith("steps       3, of which 1 is timed")
 
 
 # --- files of flopprof's own --------------------------------------------------------------------------------------

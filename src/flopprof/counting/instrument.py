@@ -13,6 +13,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable
+from types import FrameType
 from typing import Any
 
 import torch
@@ -178,20 +179,28 @@ def _before_step(optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     step = sys._getframe(1)
     for counter in counters:
         counter.where.steps.append(step)
+    return closure_outside(step, args, kwargs) if counters else None
+
+
+def closure_outside(step: FrameType, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Arguments of an optimizer's step, whose closure runs forward and backward, not optimizer; None without one.
+
+    step: the frame of the step, which a counter that is opened in the closure is in from then on.
+    """
     position = next((i for i, item in enumerate(args) if i > 0 and callable(item)), None)
     closure = args[position] if position is not None else kwargs.get("closure")
-    if not counters or closure is None:
+    if closure is None:
         return None
 
-    def outside() -> Any:  # what a closure runs is forward and backward, not optimizer
-        steps = [counter.where.steps for counter in counters]
-        for counter in counters:
+    def outside() -> Any:
+        under_way = {counter: counter.where.steps for counter in active()}
+        for counter in under_way:
             counter.where.steps = []
         try:
             return closure()
         finally:
-            for counter, under_way in zip(counters, steps, strict=True):
-                counter.where.steps = under_way
+            for counter in {**under_way, **dict.fromkeys(active())}:
+                counter.where.steps = under_way.get(counter, [step])
 
     if position is None:
         return args, {**kwargs, "closure": outside}

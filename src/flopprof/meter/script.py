@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import os
+import sys
 import threading
 import weakref
 from collections import OrderedDict
@@ -23,6 +24,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from torch.utils.data import dataloader
 
 from flopprof.counting.imports import WhenImported, replaced
+from flopprof.counting.instrument import closure_outside
 from flopprof.meter.contiguous import RECOUNT_WITHOUT_CALLS, Contiguous
 from flopprof.meter.roots import CompiledFunction, Finder, Roots, move
 from flopprof.meter.summary import Summary
@@ -177,9 +179,7 @@ class Script:
         meter.start_step()
         tracker = meter._recorder.tracker
         tracker._enter(tracker.tree.alone.child(("script",)).start(()), None)
-        if self._inside:  # in a closure: what the optimizer multiplies behind it would be taken for the model's
-            tracker.abandon()
-            tracker.from_start = True
+        if self._inside:  # in a closure that an optimizer runs
             meter._recorder.stepped(self._inside[0], closure=True, over=False)
 
     def _compiling(self, original: Callable[..., Any]) -> Callable[..., Any]:
@@ -234,17 +234,19 @@ class Script:
         return entry
 
     # --- optimizers --------------------------------------------------------------------------------------------------
-    def _before(self, optimizer: torch.optim.Optimizer, _args: Any, _kwargs: Any) -> None:
+    def _before(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Any:
         if torch.compiler.is_compiling() or self._compiled_step:
-            return
+            return None
         if _node() is not None or self._thread != _thread():
             self.elsewhere |= _node() is None and self._thread != 0
-            return
+            return None
         if optimizer in self._inside:  # its last step raised
             self._inside.clear()
         self._inside.append(optimizer)
         if len(self._inside) == 1:
             self._steps(optimizer)
+        # Metering may begin in its closure, and is told then what of the step lies outside that.
+        return closure_outside(sys._getframe(1), args, kwargs) if self.meter is None else None
 
     def _after(self, optimizer: torch.optim.Optimizer, _args: Any, _kwargs: Any) -> None:
         if torch.compiler.is_compiling() or self._compiled_step:
