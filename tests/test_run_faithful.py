@@ -103,7 +103,7 @@ with tempfile.TemporaryDirectory() as folder:
     os.chdir("/")
 """,
 }
-OFTEN = {"globals", "standard output closed", "a hook that raises", "a child that comes to the end"}
+OFTEN = {"globals", "a child that comes to the end"}
 
 
 @pytest.mark.parametrize("end", [pytest.param(end, marks=() if end in OFTEN else pytest.mark.nightly) for end in ENDS])
