@@ -91,12 +91,14 @@ class Place:
 
     recorded  autograd follows these events
     over      with the last of them a graph was done with: a call begins a new one
+    ambiguous  what was multiplied here differed within one step
     busy      something was multiplied here
     told      nothing but what the step was given tells its calls apart, so that no graph is ever done with
     """
 
     __slots__ = (
         *(
+            "ambiguous",
             "busy",
             "children",
             "depth",
@@ -118,7 +120,7 @@ class Place:
         self.depth = depth  # 0 where a graph begins: nothing before it matters
         self.recorded, self.over, self.told = recorded, over, told
         self.opens = True  # a counter may be opened here
-        self.busy = False
+        self.ambiguous = self.busy = False
         self.plain = False  # a backward pass that makes no graph of its own
         self.children: dict[Any, Place] = {}
         self.starts: dict[Ints, Start] = {}
@@ -142,6 +144,7 @@ class Place:
             )
             found.plain = backward and structure[2][1:] == (False,)
             found.opens = structure[:1] != ("optimizer",)
+            self.ambiguous |= structure[:1] == ("again",)
             self.children[structure] = found
         return found
 

@@ -12,7 +12,7 @@ from flopprof.meter.between import Evaluations
 from flopprof.meter.floats import Floats
 from flopprof.meter.padding import Padding, Unpadded
 from flopprof.meter.places import Done
-from flopprof.meter.signature import Optimizers, Root, arguments, size_of
+from flopprof.meter.signature import Optimizers, Root, arguments, size_of, stepped_number
 from flopprof.meter.steps import Moment, OpenStep, Repeat
 from flopprof.meter.timing import Timer
 from flopprof.meter.tracking import Tracker
@@ -61,7 +61,8 @@ class Recorder:
         self.known = self.tracker.known
         self.opaque = False  # a model runs inside a compiled function
         self.needs_calls = True  # a step without one is told by nothing else
-        self._bypassed = self._unseen = False  # no model was called in the latest step; nothing told one from others
+        self._bypassed = self._once_bypassed = False  # no model was called in the latest step, or in one
+        self._unseen = False  # nothing told a step from others
         self._batches: set[Any] = set()
         self._watch = Watch()
         self._step: OpenStep | None = None
@@ -165,7 +166,7 @@ class Recorder:
             self.end_outside(step.number, waited=step.data_wait_s)
         step.compilations = instruments.compilations
         step.start = self.timer.mark()
-        given = self.opaque or self._bypassed
+        given = self.opaque or self._bypassed or (self._once_bypassed and step.batch is not None)
         recount |= (self._closures or self._looked == 1) and self._new(step.batch)
         if not given:
             self.tracker.begin(recount=recount)
@@ -196,6 +197,7 @@ class Recorder:
         elif self.needs_calls and self._roots and step.segments:
             first = step.segments[0].work
             self._bypassed = first is not None and any(row[0] for row in first.flops.values())
+            self._once_bypassed |= self._bypassed
         if instruments.compilations != step.compilations:
             step.left_out = (*step.left_out, "compiled")
             if not self.tracker.whole:
@@ -254,9 +256,10 @@ class Recorder:
     # --- told by the hooks -------------------------------------------------------------------------------------------
     def rebuilt(self, module: torch.nn.Module) -> None:
         """A module or a parameter was put into that module: a part of the models, or of something else."""
-        if any(id(module) in root.parts for root in self._roots):
-            self._rebuilt = True
-            self.repeat.left = min(self.repeat.left, 0)
+        for root in self._roots:
+            if id(module) in root.parts:
+                root.stale = self._rebuilt = True
+                self.repeat.left = min(self.repeat.left, 0)
 
     def called(self, root: Root, parts: list[Any] | None, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """A model is called. parts: the nodes so far, and what tells this call apart, where that is plain."""
@@ -298,7 +301,10 @@ class Recorder:
         """A call that is not known to follow here."""
         step = self._step
         assert step is not None
+        shaped = root.shaped
         root.refresh()
+        if root.shaped != shaped:  # nobody told of that: the event is of what it was
+            event = None
         structure, ints = arguments(args, kwargs, root.flash, root.names)
         about = (
             root.index,
@@ -369,7 +375,10 @@ class Recorder:
         self._closures |= closure
         roots = self._roots
         wanted = roots[0].number if len(roots) == 1 else tuple([root.number for root in roots])
-        event = "optimizer", type(optimizer).__name__, self._optimizers.number(optimizer), wanted
+        base = "optimizer", type(optimizer).__name__, self._optimizers.number(optimizer), wanted
+        event, multiplies = self.tracker.optimizer_event(base, lambda: 0 if closure else stepped_number(optimizer))
+        if multiplies:  # for which parameters, is looked at in every step
+            self._moments = None
         if closure or self.known(event) is None:
             self._moments = None
             self.tracker.optimizer(event, closure=closure)

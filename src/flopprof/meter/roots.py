@@ -234,7 +234,7 @@ def go_on(tracker: Tracker, name: str, *, counted: bool) -> None:
     if counted and tracker.counter is None and tracker.may_open():
         tracker._open()
     if tracker.known(name) is None:
-        tracker._follow(name, tracker.tree.alone.child((name,)), (), True)
+        tracker._follow(name, (name,), (), True)
 
 
 class CompiledFunction(torch.nn.Module):

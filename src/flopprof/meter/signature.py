@@ -13,7 +13,9 @@ import itertools
 import math
 import numbers
 import sys
+import types
 import weakref
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from hashlib import blake2b
 from operator import attrgetter
@@ -109,7 +111,8 @@ class Root:
 
     __slots__ = (
         "__weakref__", "_casts", "_flags", "_shapes", "apart", "bounds_at", "device", "flash", "fresh", "frozen",
-        "index", "module", "names", "number", "parameters", "parts", "shaped", "trained", "two_stacks", "wanting",
+        "index", "module", "names", "number", "parameters", "parts", "shaped", "stale", "trained", "two_stacks",
+        "wanting",
     )  # fmt: skip
 
     def __init__(self, module: torch.nn.Module, index: int) -> None:
@@ -120,6 +123,7 @@ class Root:
         self.wanting: list[torch.nn.Parameter] = []  # of these, those that wanted a gradient at the latest call
         self.frozen: list[torch.nn.Parameter] = []
         self.fresh = False  # nothing but these can have changed since then
+        self.stale = False  # a part of it was replaced
         self._shapes = b""
         self.number = 0  # for the parameters' shapes and the set of those that want a gradient
         self.shaped = 0  # for the shapes alone: below 0
@@ -127,6 +131,7 @@ class Root:
 
     def refresh(self) -> None:
         """Look its parts and parameters up again."""
+        self.stale = False
         self.parts = frozenset(map(id, self.module.modules()))
         self.parameters, self._flags, self.fresh = list(self.module.parameters()), None, False
         shapes = _shapes(self.parameters)
@@ -188,6 +193,14 @@ class Optimizers:
             number = _number(repr([_shapes(group) for group in groups]).encode())
             self._known[optimizer] = sizes, number
         return number
+
+
+def stepped_number(optimizer: torch.optim.Optimizer) -> int:
+    """For the shapes of the parameters that it steps: those that have a gradient."""
+    groups = [
+        [parameter for parameter in group["params"] if parameter.grad is not None] for group in optimizer.param_groups
+    ]
+    return _number(repr([_shapes(group) for group in groups]).encode())
 
 
 def _shapes(parameters: Iterable[torch.Tensor]) -> bytes:
@@ -285,8 +298,20 @@ def _inside(value: Any) -> Iterator[tuple[str, Any]]:
     elif isinstance(value, tuple | list | set | frozenset):
         names = getattr(value, "_fields", ())
         yield from itertools.zip_longest(names[: len(value)], value, fillvalue="")
-    elif not isinstance(value, type | torch.nn.Module) and not callable(value):
-        yield from vars(value).items() if hasattr(value, "__dict__") else ()
+    elif not isinstance(
+        value, type | torch.nn.Module | types.FunctionType | types.MethodType | types.BuiltinFunctionType
+    ):
+        if isinstance(value, deque):
+            yield from (("", item) for item in value)
+        slots = (name for kind in type(value).__mro__ for name in _slots(kind) if hasattr(value, name))
+        yield from ((name, getattr(value, name)) for name in slots)
+        yield from getattr(value, "__dict__", {}).items()
+
+
+def _slots(kind: type) -> Iterable[str]:
+    """What objects of this class hold beside a dictionary."""
+    names = vars(kind).get("__slots__", ()) or vars(kind).get("__struct_fields__", ())
+    return [name for name in ([names] if isinstance(names, str) else names) if not name.startswith("__")]
 
 
 def _add_nested(value: Any, parts: list[Any], ints: list[int]) -> None:

@@ -14,7 +14,7 @@ stands for: there they are not looked at.)
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -77,6 +77,9 @@ class Tracker:
         self._inference: bool | None = False  # at the start of the step; None: not known
         self._left: FlopCounter | None = None  # that could not be closed where it was no longer needed
         self._closure = False
+        self._optimizers: dict[Structure, list[Structure]] = {}  # by class and parameters: by those that had a gradient
+        self._counts: dict[Done, Work] = {}  # of this step
+        self._times: dict[Place, int] = {}  # so often a segment of it ended there, where that matters
 
     @property
     def blind(self) -> bool:
@@ -87,6 +90,7 @@ class Tracker:
     def begin(self, structure: Structure = (), ints: Ints = (), *, recount: bool = False) -> None:
         """A step begins; structure and ints of what it is given, where only that tells steps apart."""
         self._trail = []
+        self._counts, self._times = {}, {}
         self._closure = False
         self._inference = _inference()
         self.leave_late()
@@ -137,7 +141,7 @@ class Tracker:
     def known(self, event: Any) -> Any:
         """What the caller keeps with an event that is known to follow here; None where it must be described."""
         segment = self._segment
-        if segment is None or self.counter is not None:
+        if segment is None or self.counter is not None or segment.start.place.ambiguous:
             return None
         made = _nodes_made()
         edge = segment.edges.get((0 if self.tree.sight.blind else made - self._made, event))
@@ -152,7 +156,7 @@ class Tracker:
         """A model is called. event: what tells the call apart at once; records: autograd records it."""
         lead = structure, ints
         if not records:
-            self._follow(event, self.tree.alone.child(structure), ints, kept, lead)
+            self._follow(event, structure, ints, kept, lead)
             return
         key, before, done = self._end(event, lead)
         graph = self._graph
@@ -171,14 +175,25 @@ class Tracker:
         self._link(key, before, done, self._enter(place.child(event).start(ints), None), True)
         return opened and self.counter is not None
 
+    def optimizer_event(self, event: Structure, stepped: Callable[[], int]) -> tuple[Structure, bool]:
+        """What an optimizer's step is told by; does it multiply, and by what is stepped is it told then?"""
+        kinds = self._optimizers.setdefault(event, [])
+        multiplies = any(work.hardware_flops for kind in kinds for work in self.tree.alone.child(kind).known.values())
+        if kinds and not multiplies and self.counter is None:
+            return kinds[0], False
+        kind = "optimizer", event, stepped()
+        if kind not in kinds:
+            kinds.append(kind)
+        return kind, multiplies
+
     def optimizer(self, event: Structure, *, closure: bool) -> None:
         """An optimizer steps. What it does between calls of its closure depends on its state, and is left out."""
-        self._follow(event, self.tree.alone.child(event), (), True)
+        self._follow(event, event, (), True)
         self._closure = closure
 
     def after_closure(self) -> None:
         """The step of an optimizer with a closure is over."""
-        self._follow("over", self.tree.alone.child(("over",)), (), True)
+        self._follow("over", ("over",), (), True)
         self._closure = False
 
     def interrupt(self) -> None:
@@ -190,7 +205,7 @@ class Tracker:
     def finish(self) -> tuple[Done, ...]:
         """The step is over: its segments. Their work is known then, but where one must be counted another time."""
         segment = self._segment
-        if self.counter is None and segment is not None:
+        if self.counter is None and segment is not None and not segment.start.place.ambiguous:
             done = segment.ends.get(0 if self.tree.sight.blind else _nodes_made() - self._made)
             if done is not None and done.work is not None:
                 self._segment = None
@@ -234,10 +249,15 @@ class Tracker:
         self.from_start = self.tree.restore(state) <= 3
 
     # --- segments ----------------------------------------------------------------------------------------------------
-    def _follow(self, event: Any, place: Place, ints: Ints, kept: Any, lead: Lead | None = None) -> None:
+    def _follow(self, event: Any, structure: Structure, ints: Ints, kept: Any, lead: Lead | None = None) -> None:
         """Something that autograd does not record: what it recorded before goes on behind it."""
         key, before, done = self._end(event, lead)
-        self._link(key, before, done, self._enter(place.start(ints), self._graph), kept)
+        graph = self._graph
+        if graph is not None and graph.place.told:  # all that tells this step from others
+            start = graph.place.child(structure).start(graph.ints + ints)
+        else:
+            start = self.tree.alone.child(structure).start(ints)
+        self._link(key, before, done, self._enter(start, graph), kept)
 
     def _end(self, event: Any, lead: Lead | None = None) -> tuple[Any, Segment | None, Done | None]:
         """The running segment ends with this event: the key of that, the segment, and what is left of it."""
@@ -246,7 +266,7 @@ class Tracker:
         return key, before, self._settle(lead)
 
     def _link(self, key: Any, before: Segment | None, done: Done | None, segment: Segment, kept: Any) -> None:
-        if before is not None and done is not None and done.work is not None:
+        if before is not None and done is not None and done.work is not None and not before.start.place.ambiguous:
             if len(before.edges) >= MOST:
                 before.edges.clear()
             before.edges[key] = done, segment, kept
@@ -276,6 +296,8 @@ class Tracker:
             segment = _led(segment, made, lead, work)
         done = segment.end(made)
         self._graph = done if segment.start.place.recorded else segment.graph
+        if segment.start.place.ambiguous or (work is not None and self._is_another(done, work)):
+            done = self._again(done, work)
         self._trail.append(done)
         if work is not None:
             self._learn(done, work)
@@ -284,6 +306,30 @@ class Tracker:
         elif made in segment.start.counts:
             self._matched = True
         return done
+
+    def _is_another(self, done: Done, work: Work) -> bool:
+        """Did the same multiply something else in this very step?
+
+        Then what came before it in the step matters, too: after the last of several micro-batches, say, something runs
+        outside the models. From now on these are told by their number in the step.
+        """
+        before = self._counts.setdefault(done, work)
+        if before.flops == work.flops:
+            return False
+        done.place.ambiguous = True
+        for i, other in enumerate(self._trail):
+            if other is done:
+                self._trail[i] = self._again(done, before)
+                self._learn(self._trail[i], before)
+        return True
+
+    def _again(self, done: Done, work: Work | None) -> Done:
+        """What is over, told by how often it was before in this step."""
+        place = done.place
+        number = self._times[place] = self._times.get(place, -1) + 1
+        if work is not None:
+            place.note(done.ints, work)
+        return place.child(("again", number)).end(done.ints)
 
     def _learn(self, done: Done, work: Work) -> None:
         before = done.place.learn(done, work)

@@ -93,6 +93,8 @@ class Before:
             return
         parts: list[Any] | None = None
         if thread and len(args) <= root.bounds_at:
+            if root.stale:
+                root.refresh()
             parameters = root.parameters
             parts = [
                 0 if repeat.blind else _nodes_made() - repeat.made,
