@@ -84,3 +84,53 @@ def test_tokens_of_a_batch_in_a_dict() -> None:
             with meter.step():
                 model({"input_ids": torch.zeros(2, 8, dtype=torch.long)}).sum().backward()
         assert [(record.tokens, record.samples) for record in meter.records] == [(16, 2)] * 3
+
+
+def test_what_an_optimizer_multiplies_depends_on_which_parameters_have_a_gradient() -> None:
+    narrow, wide = nn.Linear(8, 4, bias=False), nn.Linear(8, 16, bias=False)
+    muon = torch.optim.Muon([narrow.weight, wide.weight])
+    with Meter(narrow, wide) as meter:
+        for i in range(12):
+            with meter.step():
+                (narrow, wide)[i % 2](torch.randn(3, 8)).sum().backward()
+                muon.step()
+                muon.zero_grad()
+        each = [4 * 3 * 8 * 4 + newton_schulz(4, 8), 4 * 3 * 8 * 16 + newton_schulz(8, 16)]
+        found = hardware(meter)
+        assert found[:4:3] == [each[0], each[1]]
+        assert all(flops in (each[i % 2], None) for i, flops in enumerate(found))
+        assert None not in found[4:]
+
+
+def test_a_group_that_is_added_to_an_optimizer_that_multiplies(layers: list[nn.Linear]) -> None:
+    model = nn.Sequential(*layers)
+    muon = torch.optim.Muon(layers[0].parameters())
+    both = 2 * (2 * ROWS * 8 * 16) + 3 * (2 * ROWS * 16 * 32)
+    with Meter(model) as meter:
+        for i in range(10):
+            if i == 6:
+                muon.add_param_group({"params": [layers[1].weight]})
+            with meter.step():
+                model(torch.randn(ROWS, 8)).sum().backward()
+                muon.step()
+                model.zero_grad()
+        meter.summary()
+        later = both + newton_schulz(8, 16) + newton_schulz(16, 32)
+        assert hardware(meter)[:6] == [both + newton_schulz(8, 16)] * 6
+        assert all(found in (later, None) for found in hardware(meter)[6:])
+        assert hardware(meter)[-1] == later
+
+
+@pytest.mark.parametrize("widths", [{0: 8, 10: 4, 11: 16, 20: 4}, {i: 4 + i % 3 for i in range(30)}])
+def test_a_parameter_replaced_inside_the_step_before_the_call(widths: dict[int, int]) -> None:
+    model = nn.Linear(8, 8, bias=False)
+    expected, width = [], 8
+    with Meter(model) as meter:
+        for i in range(30):
+            with meter.step():
+                if i in widths:
+                    width = widths[i]
+                    model.weight = nn.Parameter(torch.randn(width, 8))
+                model(torch.randn(2, 8)).sum().backward()
+            expected.append(2 * 2 * 2 * 8 * width)
+        assert hardware(meter) == expected

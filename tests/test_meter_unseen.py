@@ -92,3 +92,79 @@ def test_a_ragged_last_batch_in_a_closure_is_counted_when_it_comes() -> None:
 
             optimizer.step(closure)
         assert flops(meter) == [EACH * n for n in rows]
+
+
+def test_a_batch_tells_a_closure_that_calls_no_model() -> None:
+    model = Model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    rows = [2, 3, 5, 2, 5, 3, 2, 2, 5, 3] * 2
+    with Meter(model) as meter:
+        for x in meter.track(fed(rows), progress=False):
+
+            def closure(x: torch.Tensor = x) -> torch.Tensor:
+                optimizer.zero_grad()
+                loss = model.loss(x)
+                loss.backward()
+                return loss
+
+            optimizer.step(closure)
+        assert all(found in (EACH * n, None) for n, found in zip(rows, flops(meter), strict=True))
+        assert None not in flops(meter)[10:]
+
+
+def test_what_runs_beside_equal_calls_of_one_step_is_told_by_their_number() -> None:
+    """A product after the last of two micro-batches: their backward passes are otherwise the same."""
+    model = nn.Linear(8, 8, bias=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    with Meter(model) as meter:
+        for _ in range(6):
+            with meter.step():
+                for _ in range(2):
+                    model(torch.randn(3, 8)).sum().backward()
+                model.weight.detach() @ model.weight.detach()
+                optimizer.step()
+                optimizer.zero_grad()
+        expected = 2 * (2 * 2 * 3 * 64) + 2 * 8**3
+        assert flops(meter) == [expected] * 6
+        state = meter.state_dict()
+    with Meter(model) as meter:
+        meter.load_state_dict(state)
+        for _ in range(2):
+            with meter.step():
+                for _ in range(2):
+                    model(torch.randn(3, 8)).sum().backward()
+                model.weight.detach() @ model.weight.detach()
+                optimizer.step()
+        assert flops(meter) == [expected] * 8
+
+
+class Slotted:
+    __slots__ = ("x",)
+
+    def __init__(self, x: torch.Tensor) -> None:
+        self.x = x
+
+
+class Container(list):  # type: ignore[type-arg]
+    """A container with an attribute, which can be called as well."""
+
+    def __init__(self, x: torch.Tensor) -> None:
+        super().__init__()
+        self.x = x
+
+    def __call__(self) -> None:
+        """Nothing."""
+
+
+@pytest.mark.parametrize("kind", [Slotted, Container])
+def test_what_a_batch_holds_is_looked_for(kind: Callable[[torch.Tensor], Slotted]) -> None:
+    class Reads(Model):
+        def forward(self, batch: Slotted) -> torch.Tensor:  # type: ignore[override]
+            return self.layer(batch.x)
+
+    model = Reads()
+    with Meter(model) as meter:
+        for x in fed(ROWS):
+            with meter.step():
+                model(kind(x)).sum().backward()
+        assert flops(meter) == [EACH * n for n in ROWS]

@@ -12,6 +12,7 @@ from flopprof.meter.fitting import Forms
 from flopprof.meter.work import Work
 
 Ints = tuple[int, ...]
+Lead = tuple[tuple[Any, ...], Ints]  # a call's structure and integers
 # So many entries a table holds before it is begun anew: it only saves time.
 MOST = 1 << 14
 # After so many evaluations of a form the next one is counted instead, which proves it again or refutes it.
@@ -232,6 +233,19 @@ class Place:
             kept = self.done[plain] = done.get(ints) or Done(self, plain)
             kept.ints, kept.work = plain, work
         self._fit_anew()
+
+
+def led(segment: Segment, made: int, lead: Lead, work: Work | None) -> Segment:
+    """What a step begins with, before any call: where that multiplies something, the call after it tells how much."""
+    place = segment.start.place
+    if work is not None:
+        place.busy |= bool(work.hardware_flops)
+    if not place.busy:
+        return segment
+    if work is not None:
+        place.note(segment.end(made).ints, work)
+    structure, ints = lead
+    return place.child(("before", *structure)).start(ints).segment(None)
 
 
 class Tree:

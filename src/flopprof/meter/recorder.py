@@ -16,7 +16,7 @@ from flopprof.meter.signature import Optimizers, Root, arguments, size_of, stepp
 from flopprof.meter.steps import Moment, OpenStep, Repeat
 from flopprof.meter.timing import Timer
 from flopprof.meter.tracking import Tracker
-from flopprof.meter.watching import Watch, compiled_call, compiled_within, instruments
+from flopprof.meter.watching import Roots, Watch, compiled_call, instruments
 from flopprof.meter.work import Work, total
 from flopprof.profile import Attention
 
@@ -33,18 +33,6 @@ _BYPASSED = (
     "no model is called in the steps, but something of it (model.forward, model.loss), whose inputs are not seen: use "
     "meter.track(loader), meter.step(batch) or meter.wrap(step), whose arguments then tell steps apart."
 )
-
-
-class Roots(list[Root]):
-    """The models, in the order in which they were given."""
-
-    def named(self) -> torch.nn.Module | None:
-        """What names the counter's modules."""
-        return self[0].module if len(self) == 1 else None
-
-    def compiled(self) -> bool:
-        """Does a part of the models run compiled?"""
-        return any(compiled_within(root.module) for root in self)
 
 
 class Recorder:
@@ -194,9 +182,9 @@ class Recorder:
         step.end = self.timer.mark()
         if step.calls or self._bypassed:
             self._bypassed &= not step.calls
-        elif self.needs_calls and self._roots and step.segments:
-            first = step.segments[0].work
-            self._bypassed = first is not None and any(row[0] for row in first.flops.values())
+        elif self.needs_calls and self._roots:
+            found = [done.work for done in step.segments if done.work is not None]
+            self._bypassed = any(row[0] for work in found for row in work.flops.values())
             self._once_bypassed |= self._bypassed
         if instruments.compilations != step.compilations:
             step.left_out = (*step.left_out, "compiled")

@@ -178,6 +178,9 @@ class Root:
             parameters.clear()
 
 
+_CLOSED = (type, torch.nn.Module, types.FunctionType, types.MethodType, types.BuiltinFunctionType)
+
+
 class Optimizers:
     """A number for each optimizer, by what it steps: two of one class may multiply for parameters of their own."""
 
@@ -295,14 +298,11 @@ def _inside(value: Any) -> Iterator[tuple[str, Any]]:
     """What an object of another class holds, with names: the keys and values of a cache, the fields of a batch."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         yield from ((field.name, getattr(value, field.name)) for field in dataclasses.fields(value))
-    elif isinstance(value, tuple | list | set | frozenset):
+        return
+    if isinstance(value, tuple | list | set | frozenset | deque):
         names = getattr(value, "_fields", ())
         yield from itertools.zip_longest(names[: len(value)], value, fillvalue="")
-    elif not isinstance(
-        value, type | torch.nn.Module | types.FunctionType | types.MethodType | types.BuiltinFunctionType
-    ):
-        if isinstance(value, deque):
-            yield from (("", item) for item in value)
+    if not isinstance(value, _CLOSED):
         slots = (name for kind in type(value).__mro__ for name in _slots(kind) if hasattr(value, name))
         yield from ((name, getattr(value, name)) for name in slots)
         yield from getattr(value, "__dict__", {}).items()

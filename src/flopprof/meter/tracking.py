@@ -18,11 +18,11 @@ from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import torch
-from torch.utils._python_dispatch import _pop_mode, _push_mode
 
 from flopprof.counting.runtime import FlopCounter
 from flopprof.counting.tally import Tally
-from flopprof.meter.places import MOST, Done, Ints, Place, Segment, Start, Tree
+from flopprof.meter.modes import close
+from flopprof.meter.places import MOST, Done, Ints, Lead, Place, Segment, Start, Tree, led
 from flopprof.meter.signature import Structure
 from flopprof.meter.steps import Here
 from flopprof.meter.watching import anything_compiled
@@ -39,9 +39,6 @@ _inference = torch.is_inference_mode_enabled
 _DOUBTS = 2
 # So often a step is counted because something in the one before it could not be.
 _TRIES = 3
-
-
-Lead = tuple[Structure, Ints]  # a call's
 
 
 class Models(Protocol):
@@ -226,7 +223,7 @@ class Tracker:
     def leave_late(self) -> None:
         """Close a counter that could not be closed at the end of its step."""
         if self._left is not None and not _inference():
-            _close(self._left)
+            close(self._left)
             self._left = None
 
     def lose_sight(self) -> None:
@@ -293,7 +290,7 @@ class Tracker:
             return None
         made = 0 if self.tree.sight.blind else _nodes_made() - self._made
         if lead is not None and segment is self._first:
-            segment = _led(segment, made, lead, work)
+            segment = led(segment, made, lead, work)
         done = segment.end(made)
         self._graph = done if segment.start.place.recorded else segment.graph
         if segment.start.place.ambiguous or (work is not None and self._is_another(done, work)):
@@ -385,28 +382,6 @@ class Tracker:
         counter, self.counter = self.counter, None
         assert counter is not None
         if _inference() == self._inference:
-            _close(counter)
+            close(counter)
         else:
             self._left = counter
-
-
-def _led(segment: Segment, made: int, lead: Lead, work: Work | None) -> Segment:
-    """What a step begins with, before any call: where that multiplies something, the call after it tells how much."""
-    place = segment.start.place
-    if work is not None:
-        place.busy |= bool(work.hardware_flops)
-    if not place.busy:
-        return segment
-    if work is not None:
-        place.note(segment.end(made).ints, work)
-    structure, ints = lead
-    return place.child(("before", *structure)).start(ints).segment(None)
-
-
-def _close(counter: FlopCounter) -> None:
-    above = []
-    while _modes() and _mode_at(_modes() - 1) is not counter:  # somebody left a mode of their own open
-        above.append(_pop_mode())
-    counter.__exit__(None, None, None)
-    for mode in reversed(above):
-        _push_mode(mode)

@@ -360,3 +360,15 @@ def compiled_within(module: torch.nn.Module) -> bool:
     wrapped = sys.modules["torch._dynamo.eval_frame"].OptimizedModule
     parts = module.modules()
     return any(isinstance(part, wrapped) or part.__dict__.get("_compiled_call_impl") is not None for part in parts)
+
+
+class Roots(list[Root]):
+    """The models, in the order in which they were given."""
+
+    def named(self) -> torch.nn.Module | None:
+        """What names the counter's modules."""
+        return self[0].module if len(self) == 1 else None
+
+    def compiled(self) -> bool:
+        """Does a part of the models run compiled?"""
+        return any(compiled_within(root.module) for root in self)
