@@ -18,6 +18,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from flopprof import Meter
 from flopprof.meter.signature import Root, arguments
+from wrapped import Wrapper
 
 ROW = 3 * 2 * 8 * 4  # of nn.Linear(8, 4) over one row that wants a gradient: forward, and both of the backward
 
@@ -218,17 +219,6 @@ class Packed(nn.Module):
             for start, end in itertools.pairwise(cu_seqlens.tolist())
         ]
         return torch.cat(parts, 2)
-
-
-class Wrapper(nn.Module):
-    """As DistributedDataParallel wraps a model."""
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module = module
-
-    def forward(self, *inputs: Any, **kwargs: Any) -> Any:
-        return self.module(*inputs, **kwargs)
 
 
 @dataclasses.dataclass

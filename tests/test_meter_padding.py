@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from flopprof import Meter
+from wrapped import Wrapper
 
 # Two sequences of eight, of which four positions are padding.
 IDS = torch.ones(2, 8, dtype=torch.long)
@@ -50,17 +51,6 @@ class Both(Decoder):
             assert labels is not None
             ids = labels.clamp(min=0)
         return self.embedding(input_ids).sum() + self.embedding(ids)
-
-
-class Wrapper(nn.Module):
-    """As DistributedDataParallel wraps a model."""
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module = module
-
-    def forward(self, *inputs: Any, **kwargs: Any) -> Any:
-        return self.module(*inputs, **kwargs)
 
 
 def sizes(model: nn.Module, *calls: Callable[[nn.Module], torch.Tensor]) -> tuple[int, int | None, int | None]:

@@ -116,25 +116,24 @@ def test_what_runs_beside_equal_calls_of_one_step_is_told_by_their_number() -> N
     """A product after the last of two micro-batches: their backward passes are otherwise the same."""
     model = nn.Linear(8, 8, bias=False)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
-    with Meter(model) as meter:
-        for _ in range(6):
+
+    def steps(meter: Meter, number: int) -> None:
+        for _ in range(number):
             with meter.step():
                 for _ in range(2):
                     model(torch.randn(3, 8)).sum().backward()
                 model.weight.detach() @ model.weight.detach()
                 optimizer.step()
                 optimizer.zero_grad()
+
+    with Meter(model) as meter:
+        steps(meter, 6)
         expected = 2 * (2 * 2 * 3 * 64) + 2 * 8**3
         assert flops(meter) == [expected] * 6
         state = meter.state_dict()
     with Meter(model) as meter:
         meter.load_state_dict(state)
-        for _ in range(2):
-            with meter.step():
-                for _ in range(2):
-                    model(torch.randn(3, 8)).sum().backward()
-                model.weight.detach() @ model.weight.detach()
-                optimizer.step()
+        steps(meter, 2)
         assert flops(meter) == [expected] * 8
 
 

@@ -28,8 +28,6 @@ class Contiguous(Meter):
     def start_step(self, batch: Any = None, *, data_wait_s: float = 0.0) -> None:
         """As a meter does; inside a dispatch mode of the script's own, which may end in mid-step, none is opened."""
         others, tracker = _modes(), self._recorder.tracker
-        self._recorder.needs_calls = False  # steps that call nothing are counted now and then
-        self._history.own_count = True
         super().start_step(batch, data_wait_s=data_wait_s)
         tracker._modes = 0
         if others and tracker.counter is not None:

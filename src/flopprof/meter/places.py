@@ -90,30 +90,16 @@ class Segment:
 class Place:
     """A place in the tree of events.
 
-    recorded  autograd follows these events
-    over      with the last of them a graph was done with: a call begins a new one
+    recorded   autograd follows these events
+    over       with the last of them a graph was done with: a call begins a new one
     ambiguous  what was multiplied here differed within one step
-    busy      something was multiplied here
-    told      nothing but what the step was given tells its calls apart, so that no graph is ever done with
+    busy       a step began here, and multiplied something before its first call
+    told       nothing but what the step was given tells its calls apart, so that no graph is ever done with
     """
 
     __slots__ = (
-        *(
-            "ambiguous",
-            "busy",
-            "children",
-            "depth",
-            "done",
-            "evaluations",
-            "forms",
-            "known",
-            "missed",
-            "opens",
-            "over",
-            "plain",
-            "recorded",
-        ),
-        *("sight", "starts", "told", "tries"),
+        *("ambiguous", "busy", "children", "depth", "done", "evaluations", "forms", "known", "missed", "opens"),
+        *("over", "plain", "recorded", "sight", "starts", "told", "tries"),
     )
 
     def __init__(self, sight: Sight, depth: int, *, recorded: bool, over: bool = False, told: bool = False) -> None:

@@ -193,7 +193,7 @@ class Optimizers:
         sizes = tuple(map(len, groups))
         known, number = self._known.get(optimizer, ((), 0))
         if sizes != known or not number:
-            number = _number(repr([_shapes(group) for group in groups]).encode())
+            number = _group_number(groups)
             self._known[optimizer] = sizes, number
         return number
 
@@ -203,6 +203,10 @@ def stepped_number(optimizer: torch.optim.Optimizer) -> int:
     groups = [
         [parameter for parameter in group["params"] if parameter.grad is not None] for group in optimizer.param_groups
     ]
+    return _group_number(groups)
+
+
+def _group_number(groups: Iterable[Iterable[torch.Tensor]]) -> int:
     return _number(repr([_shapes(group) for group in groups]).encode())
 
 

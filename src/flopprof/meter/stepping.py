@@ -41,6 +41,8 @@ class Stepping:
         self._clock, self._sizes = recorder.clock, sizes
         self.skip, self.recount_every = skip, recount_every
         self.log, self.log_every = log, log_every
+        # Where nobody says when a step is over, nobody says which it is; those that call nothing are counted at times.
+        recorder.needs_calls, history.own_count = self._ends_known, not self._ends_known
         self._repeats = self._ends_known and not any(map(callable, sizes))
         self._repeat = recorder.repeat
         self._repeat.loop = weakref.ref(self)
