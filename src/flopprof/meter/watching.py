@@ -103,7 +103,7 @@ class Before:
                 root.shaped
                 if not _grad_enabled()
                 else root.number
-                if root.fresh and all(map(wants, root.wanting)) and not any(map(wants, root.frozen))
+                if root.fresh and all(map(wants, root.wanting)) and not (root.frozen and any(map(wants, root.frozen)))
                 else root.wanted(),
                 root.cast() if root.apart or _any_autocast() else None,
                 parameters[0].dtype if parameters else None,
@@ -151,19 +151,19 @@ _eval_frame.set_code_exec_strategy(Before.__call__.__code__, _SKIP)
 class _Engine(StandIn):
     """The autograd engine, telling of each backward pass that is started from outside one."""
 
-    def run_backward(self, tensors: Any, *args: Any, **kwargs: Any) -> Any:
+    def run_backward(self, *args: Any, **kwargs: Any) -> Any:
         for repeat in _repeats:
             if repeat.thread == _thread() and _node() is None:
                 # Roots, the graph kept or not, a graph of its own or not, inputs: what tells backward passes apart.
                 nodes = 0 if repeat.blind else _nodes_made() - repeat.made
-                parts = nodes, "backward", len(tensors), args[1:3], len(args) > 3 and len(args[3] or ())
+                parts = nodes, "backward", len(args[0]), args[2:4], len(args) > 4 and len(args[4] or ())
                 if repeat.on and parts == repeat.events[repeat.at]:
                     repeat.at += 1
                     continue
                 listener = repeat.listener()
                 if listener is not None:
                     listener.differentiated(parts)
-        return self.engine.run_backward(tensors, *args, **kwargs)
+        return self.engine.run_backward(*args, **kwargs)
 
 
 def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
