@@ -107,6 +107,18 @@ def test_layers_that_are_skipped_at_random_are_told_by_their_number() -> None:
     assert forms.at((3, -1 - 5)) is None
 
 
+def test_counts_that_made_no_nodes_are_a_kind_like_others() -> None:
+    """Of a model that is called in some steps and bypassed in others: what made none multiplied nothing."""
+    forms = Forms()
+    forms.add((3, 8, -1), {FLOPS: 0})
+    forms.at((5, 8))
+    forms.add((5, 8, -1), {FLOPS: 0})
+    assert forms.at((3, 8)) is not None
+    forms.add((9, 8, -4), {FLOPS: 1152})
+    assert forms.at((3, 8, -1)) == {FLOPS: 0}
+    assert forms.at((9, 8)) is None
+
+
 def test_a_number_that_grows_in_every_step_is_counted_ever_less_often() -> None:
     """The number of the step, given to the model: of 0 to 16 no count is another, then of 33, 67 and 135."""
     assert loop(lambda n, i: 7 * n, [(8, i) for i in range(200)]) == (17 + 3, 200 - 20)

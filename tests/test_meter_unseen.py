@@ -1,5 +1,6 @@
 """Work that no call of a model tells of: before the first one, in other methods than forward, in closures."""
 
+import random
 from collections.abc import Callable
 
 import pytest
@@ -60,6 +61,20 @@ def test_a_method_beside_the_call_is_told_by_the_batch(call: Callable[[Model, to
             call(model, x).backward()
         assert flops(meter) == [EACH * n for n in ROWS]
         assert not any("whose inputs are not seen" in note for note in meter.summary().notes)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_model_that_is_called_and_bypassed_in_turn(seed: int) -> None:
+    chance = random.Random(seed)
+    model = Model()
+    rows = [chance.choice([2, 3, 5, 9]) for _ in range(80)]
+    with Meter(model) as meter:
+        for x in meter.track(fed(rows), progress=False):
+            (model(x) if chance.random() < 0.6 else model.forward(x)).sum().backward()
+    found = flops(meter)
+    assert all(got in (n * EACH, None) for n, got in zip(rows, found, strict=True))
+    assert found.count(None) <= 4
+    assert sum("counted" in record.left_out for record in meter.records) <= 24  # 4 sizes, of either kind
 
 
 def test_without_a_batch_nothing_tells_it() -> None:

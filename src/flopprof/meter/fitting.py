@@ -27,7 +27,7 @@ _MOST_SAMPLES = 32
 # What made no difference in so many counts is taken to make none a little beyond them, too.
 _SETTLED = 16
 _NODES = "nodes"
-_AMONG_SIZES = ((-1,),)
+_AMONG_SIZES: tuple[Sizes, ...] = ((),)  # names a pool as no sizes and no nodes do
 
 
 class Forms:

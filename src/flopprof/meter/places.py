@@ -17,6 +17,8 @@ Lead = tuple[tuple[Any, ...], Ints]  # a call's structure and integers
 MOST = 1 << 14
 # After so many evaluations of a form the next one is counted instead, which proves it again or refutes it.
 _CHECKS = frozenset(4**k for k in range(2, 20))
+# For so many counts, what was missed is waited for.
+_PATIENCE = 3
 
 
 class Sight:
@@ -42,15 +44,25 @@ class Done:
 
 
 class Start:
-    """A place with the integers that are known when a segment begins there."""
+    """A place with the integers that are known when a segment begins there.
 
-    __slots__ = ("counts", "doubts", "ints", "known", "place", "segments")
+    known    counted at these integers, or inside a form
+    counts   nodes made, in each count
+    ended    in a count, by a call of a model, or not
+    matched  uncounted, it made as many nodes as in a count
+    missed   nodes made, uncounted, by what is not known: as long as there are some, it is counted when it comes again
+    doubts   so often it made others than in any count, but ended as there
+    """
+
+    __slots__ = ("counts", "doubts", "ended", "ints", "known", "matched", "missed", "patience", "place", "segments")
 
     def __init__(self, place: Place, ints: Ints) -> None:
         self.place, self.ints = place, ints
-        self.known = False  # counted at these integers, or inside a form
-        self.counts: set[int] = set()  # nodes made, in each count
-        self.doubts = 0
+        self.known = self.matched = False
+        self.counts: set[int] = set()
+        self.ended: set[bool] = set()
+        self.missed: set[int] = set()
+        self.doubts = self.patience = 0
         self.segments: dict[Done | None, Segment] = {}
 
     def segment(self, graph: Done | None) -> Segment:
@@ -61,6 +73,21 @@ class Start:
                 self.segments.clear()
             found = self.segments[graph] = Segment(self, graph)
         return found
+
+    def miss(self, made: int) -> None:
+        """Uncounted, it made so many nodes, and what it multiplied is not known."""
+        self.missed.add(made)
+        self.patience = _PATIENCE
+        self.known = False
+
+    def count(self, made: int) -> None:
+        """It was counted, and made so many nodes."""
+        self.counts.add(made)
+        self.missed.discard(made)
+        self.patience -= 1
+        if self.patience <= 0:
+            self.missed.clear()
+        self.known = not self.missed
 
 
 class Segment:
@@ -148,7 +175,7 @@ class Place:
                 if done[:-1] == ints:
                     found.known = True
                     found.counts.add(-1 - done[-1])
-        if not found.known and self.forms is not None and self.forms.at(ints) is not None:
+        if not (found.known or found.missed) and self.forms is not None and self.forms.at(ints) is not None:
             self.evaluations += 1
             found.known = self.evaluations not in _CHECKS
         return found
@@ -179,7 +206,7 @@ class Place:
             if other is not done:
                 other.work = self.known.get(other.ints)
         for start in self.starts.values():
-            start.known = bool(start.counts)
+            start.known = bool(start.counts) and not start.missed
         return before
 
     def note(self, ints: Ints, work: Work) -> None:
@@ -187,8 +214,7 @@ class Place:
         self.known[ints] = work
         self.tries = 0
         start = self.start(ints[:-1])
-        start.known = True
-        start.counts.add(-1 - ints[-1])
+        start.count(-1 - ints[-1])
         self._tell(ints, work)
 
     def _tell(self, ints: Ints, work: Work) -> None:

@@ -186,6 +186,8 @@ class Recorder:
             found = [done.work for done in step.segments if done.work is not None]
             self._bypassed = any(row[0] for work in found for row in work.flops.values())
             self._once_bypassed |= self._bypassed
+            if step.segments and not step.segments[0].place.told:  # what was not counted, no other one tells
+                step.unseen |= len(found) < len(step.segments)
         if instruments.compilations != step.compilations:
             step.left_out = (*step.left_out, "compiled")
             if not self.tracker.whole:

@@ -64,7 +64,6 @@ class Tracker:
         self.tree = Tree()
         self._steps = 0
         self._due: set[int] = set()  # steps to count, because something came again after as many steps
-        self._matched = False  # a segment made as many nodes uncounted as when it was counted
         self._first: Segment | None = None  # of a step that nothing is told of
         self._segment: Segment | None = None
         self._graph: Done | None = None  # what autograd recorded last, where another segment runs
@@ -144,6 +143,7 @@ class Tracker:
         edge = segment.edges.get((0 if self.tree.sight.blind else made - self._made, event))
         if edge is None or not edge[1].start.known:
             return None
+        segment.start.matched = True
         self._made = made
         self._trail.append(edge[0])
         self._segment = edge[1]
@@ -205,6 +205,7 @@ class Tracker:
         if self.counter is None and segment is not None and not segment.start.place.ambiguous:
             done = segment.ends.get(0 if self.tree.sight.blind else _nodes_made() - self._made)
             if done is not None and done.work is not None:
+                segment.start.matched |= segment.start.known
                 self._segment = None
                 self._trail.append(done)
                 return tuple(self._trail)
@@ -297,11 +298,12 @@ class Tracker:
             done = self._again(done, work)
         self._trail.append(done)
         if work is not None:
+            segment.start.ended.add(lead is not None)
             self._learn(done, work)
         elif done.work is None:
-            self._doubt(segment.start)
+            self._doubt(segment.start, made, called=lead is not None)
         elif made in segment.start.counts:
-            self._matched = True
+            segment.start.matched = True
         return done
 
     def _is_another(self, done: Done, work: Work) -> bool:
@@ -338,11 +340,12 @@ class Tracker:
                 before.hardware_flops,
             )
 
-    def _doubt(self, start: Start) -> None:
+    def _doubt(self, start: Start, made: int, *, called: bool) -> None:
         """Uncounted, it made other nodes than in any count: another branch, which is counted when it comes again."""
         self._try_again(start.place)
-        start.doubts += 1
-        if start.doubts > _DOUBTS and not self._matched and len(start.counts) == 1:
+        start.miss(made)
+        start.doubts += called in start.ended
+        if start.doubts > _DOUBTS and not start.matched and len(start.counts) == 1:
             self.lose_sight()  # counted it always makes those, uncounted never: a compiled function
 
     # --- counting ----------------------------------------------------------------------------------------------------
