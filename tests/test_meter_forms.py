@@ -124,6 +124,14 @@ def test_a_number_that_grows_in_every_step_is_counted_ever_less_often() -> None:
     assert loop(lambda n, i: 7 * n, [(8, i) for i in range(200)]) == (17 + 3, 200 - 20)
 
 
+def test_a_number_that_grows_beside_lengths_makes_no_difference_to_them() -> None:
+    chance = random.Random(0)
+    steps = [(8, chance.randrange(8, 65, 4), i) for i in range(600)]
+    counted, told = loop(lambda batch, length, i: attention(batch, length), steps)
+    assert counted <= 30
+    assert told == 600 - counted
+
+
 def test_a_count_that_is_another_now_is_what_holds() -> None:
     forms = Forms()
     for length in (2, 9, 4, 6):

@@ -139,7 +139,8 @@ class Fit:
         # What the counts tell apart of the varying sizes and their products.
         self._known = _Span([self._described(point) for point in points]) if len(self._varying) > 1 else None
         self._hulls = {
-            pair: _hull({(p[pair[0]], p[pair[1]]) for p in points}) for pair in combinations(self._varying, 2)
+            pair: _hull({(p[pair[0]], p[pair[1]]) for p in points})
+            for pair in combinations([i for i in self._varying if i not in self._idle], 2)
         }
 
     def at(self, sizes: Sizes) -> dict[Name, int] | None:
