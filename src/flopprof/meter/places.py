@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
+from hashlib import blake2b
 from typing import Any
 
 import msgspec
@@ -33,14 +34,16 @@ class Sight:
 class Done:
     """A segment that is over: a place, and all of its integers. Its work may become known later.
 
-    Numbers of nodes are among the integers as -1 - nodes, so that they can be told from sizes.
+    Numbers of nodes are among the integers as -1 - nodes, so that they can be told from sizes. plain: where all that
+    came before tells it apart, the same without that.
     """
 
-    __slots__ = ("ints", "place", "work")
+    __slots__ = ("ints", "place", "plain", "work")
 
     def __init__(self, place: Place, ints: Ints) -> None:
         self.place, self.ints = place, ints
         self.work: Work | None = None
+        self.plain: Done | None = None
 
 
 class Start:
@@ -119,22 +122,26 @@ class Place:
 
     recorded   autograd follows these events
     over       with the last of them a graph was done with: a call begins a new one
+    name       a number for the events on the way here, the same in every process
     ambiguous  what was multiplied here differed within one step
+    wide       it differed from step to step: all that came before in the step matters
     busy       a step began here, and multiplied something before its first call
     told       nothing but what the step was given tells its calls apart, so that no graph is ever done with
     """
 
     __slots__ = (
         *("ambiguous", "busy", "children", "depth", "done", "evaluations", "forms", "known", "missed", "opens"),
-        *("over", "plain", "recorded", "sight", "starts", "told", "tries"),
+        *("name", "over", "plain", "recorded", "sight", "starts", "told", "tries", "wide"),
     )
 
-    def __init__(self, sight: Sight, depth: int, *, recorded: bool, over: bool = False, told: bool = False) -> None:
-        self.sight = sight
+    def __init__(
+        self, name: int, sight: Sight, depth: int, *, recorded: bool, over: bool = False, told: bool = False
+    ) -> None:
+        self.name, self.sight = name, sight
         self.depth = depth  # 0 where a graph begins: nothing before it matters
         self.recorded, self.over, self.told = recorded, over, told
         self.opens = True  # a counter may be opened here
-        self.ambiguous = self.busy = False
+        self.ambiguous = self.wide = self.busy = False
         self.plain = False  # a backward pass that makes no graph of its own
         self.children: dict[Any, Place] = {}
         self.starts: dict[Ints, Start] = {}
@@ -150,6 +157,7 @@ class Place:
             backward = structure[:1] == ("backward",)
             told = self.told or (self.depth < 0 and structure[:1] == ("given",))
             found = Place(
+                number(f"{self.name} {structure!r}"),
                 self.sight,
                 self.depth + 1,
                 recorded=self.recorded or told,
@@ -159,6 +167,7 @@ class Place:
             found.plain = backward and structure[2][1:] == (False,)
             found.opens = structure[:1] != ("optimizer",)
             self.ambiguous |= structure[:1] == ("again",)
+            self.wide |= structure[:1] == ("after",)
             self.children[structure] = found
         return found
 
@@ -190,8 +199,8 @@ class Place:
                 self.done.clear()
             found = self.done[ints] = Done(self, ints)
         if found.work is None:
-            found.work = self.known.get(ints)
-            if found.work is None and self.forms is not None:
+            found.work = None if self.wide else self.known.get(ints)
+            if found.work is None and self.forms is not None and not self.wide:
                 numbers = self.forms.at(ints)
                 found.work = None if numbers is None else Work.of_numbers(numbers)
         return found
@@ -222,6 +231,15 @@ class Place:
             self.forms = None
         elif self.forms is not None:
             self.forms.add(ints, work.numbers())
+
+    def tell_apart(self, *, ambiguous: bool = False, wide: bool = False) -> None:
+        """Events do not tell what is multiplied here: its number in the step does, or all that came before in it."""
+        self.ambiguous |= ambiguous
+        self.wide |= wide
+        for start in self.starts.values():
+            for segment in start.segments.values():
+                segment.edges.clear()
+                segment.ends.clear()
 
     def recall(self, known: dict[Ints, Work]) -> None:
         """What was counted in another process."""
@@ -265,9 +283,9 @@ class Tree:
 
     def __init__(self) -> None:
         self.sight = Sight()
-        self.start = Place(self.sight, -1, recorded=False)
-        self.calls = Place(self.sight, -1, recorded=True)
-        self.alone = Place(self.sight, -1, recorded=False)
+        self.start = Place(0, self.sight, -1, recorded=False)
+        self.calls = Place(1, self.sight, -1, recorded=True)
+        self.alone = Place(2, self.sight, -1, recorded=False)
 
     def places(self) -> Iterator[tuple[int, Any, Place]]:
         """Every place with the number of the one above it and the event between them; the three roots have none."""
@@ -310,6 +328,11 @@ class Tree:
             place.recall({tuple(ints): msgspec.convert(work, Work) for ints, work in known})
             places.append(place)
         return len(places)
+
+
+def number(told: str) -> int:
+    """The same in every process, and above 0, which stands for none."""
+    return 1 + int.from_bytes(blake2b(told.encode(), digest_size=7).digest())
 
 
 def _without_nodes(ints: Ints) -> Ints:

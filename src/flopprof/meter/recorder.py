@@ -10,9 +10,10 @@ import torch
 
 from flopprof.meter.between import Evaluations
 from flopprof.meter.floats import Floats
+from flopprof.meter.optimizers import Optimizers, stepped_number
 from flopprof.meter.padding import Padding, Unpadded
 from flopprof.meter.places import Done
-from flopprof.meter.signature import Optimizers, Root, arguments, size_of, stepped_number
+from flopprof.meter.signature import Root, arguments, plain, size_of
 from flopprof.meter.steps import Moment, OpenStep, Repeat
 from flopprof.meter.timing import Timer
 from flopprof.meter.tracking import Tracker
@@ -265,8 +266,9 @@ class Recorder:
                 return
             step = self._step
             assert step is not None
-        event = None if parts is None else tuple(parts[1:])
-        self._note(parts)
+        told = parts if plain((*args, *kwargs.values())) else None
+        event = None if told is None else tuple(told[1:])
+        self._note(told)
         kept = None if event is None else self.known(event)
         if kept is None:
             self._moments = None
@@ -344,7 +346,7 @@ class Recorder:
             return  # a compiler differentiates what it compiles
         step = self.at_length()
         self._note(parts)
-        event = parts[1:]
+        event = (*parts[1:4], self._roots.placed(parts[4])) if parts[4] else parts[1:]
         if self.known(event) is None:
             self._moments = None
             if self._span is None and self.tracker.backward(event) and step is not None:

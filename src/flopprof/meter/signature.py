@@ -14,10 +14,8 @@ import math
 import numbers
 import sys
 import types
-import weakref
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
-from hashlib import blake2b
 from operator import attrgetter
 from typing import Any
 
@@ -25,6 +23,7 @@ import torch
 from torch.nn.parameter import is_lazy
 
 from flopprof.meter.padding import Padding
+from flopprof.meter.places import number
 
 Structure = tuple[Any, ...]  # nested tuples of hashable things
 _Tensor, _Parameter = torch.Tensor, torch.nn.Parameter
@@ -36,6 +35,8 @@ wants = attrgetter("requires_grad")
 _BOUNDARIES = ("cu_seq", "cu_len")
 MAY_TELL_BOUNDARIES = (*_BOUNDARIES, "position_ids")  # how such names begin
 _DEEPEST = 8
+_SPARSE = (torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
+_functorch = torch._C._functorch
 _TOKENS = ("decoder_input_ids", "input_ids", "tokens", "idx")
 _WORDS = 24  # characters: what is longer is a text, no choice
 _FLOAT = "a float"  # with a space, as no text that is kept has
@@ -57,6 +58,13 @@ def arguments(
         told.parts.append(name)
         told.add(value, name)
     return tuple(told.parts), tuple(told.ints)
+
+
+def plain(values: Iterable[Any]) -> bool:
+    """Do shapes and dtypes tell these inputs? Not of sparse ones, and not where vmap hides a dimension."""
+    return not torch._C._are_functorch_transforms_active() and all(
+        value.layout is torch.strided for value in values if isinstance(value, _Tensor)
+    )
 
 
 def tells_boundaries(name: str, value: torch.Tensor, flash: bool | None) -> bool:
@@ -124,7 +132,7 @@ class Root:
         self.frozen: list[torch.nn.Parameter] = []
         self.fresh = False  # nothing but these can have changed since then
         self.stale = False  # a part of it was replaced
-        self._shapes = b""
+        self._shapes = ""
         self.number = 0  # for the parameters' shapes and the set of those that want a gradient
         self.shaped = 0  # for the shapes alone: below 0
         self.refresh()
@@ -134,10 +142,10 @@ class Root:
         self.stale = False
         self.parts = frozenset(map(id, self.module.modules()))
         self.parameters, self._flags, self.fresh = list(self.module.parameters()), None, False
-        shapes = _shapes(self.parameters)
+        shapes = shapes_of(self.parameters)
         if shapes != self._shapes:  # another head, say: the same arguments multiply something else now
             self._shapes = shapes
-            self.shaped = -_number(shapes)
+            self.shaped = -number(shapes)
         tensor = next(iter(self.parameters), None)
         self.flash = uses_flash(self.module)
         self.two_stacks = bool(_said(self.module, "is_encoder_decoder"))
@@ -168,7 +176,7 @@ class Root:
             self._flags = flags
             self.wanting = [*itertools.compress(self.parameters, flags)]
             self.frozen = [parameter for parameter, flag in zip(self.parameters, flags, strict=True) if not flag]
-            self.number = _number(bytes(flags) + self._shapes)
+            self.number = number(repr((flags, self._shapes)))
         self.fresh = True
         return self.number
 
@@ -181,42 +189,9 @@ class Root:
 _CLOSED = (type, torch.nn.Module, types.FunctionType, types.MethodType, types.BuiltinFunctionType)
 
 
-class Optimizers:
-    """A number for each optimizer, by what it steps: two of one class may multiply for parameters of their own."""
-
-    def __init__(self) -> None:
-        self._known: weakref.WeakKeyDictionary[Any, tuple[tuple[int, ...], int]] = weakref.WeakKeyDictionary()
-
-    def number(self, optimizer: torch.optim.Optimizer) -> int:
-        """The same in every process."""
-        groups = [group["params"] for group in optimizer.param_groups]
-        sizes = tuple(map(len, groups))
-        known, number = self._known.get(optimizer, ((), 0))
-        if sizes != known or not number:
-            number = _group_number(groups)
-            self._known[optimizer] = sizes, number
-        return number
-
-
-def stepped_number(optimizer: torch.optim.Optimizer) -> int:
-    """For the shapes of the parameters that it steps: those that have a gradient."""
-    groups = [
-        [parameter for parameter in group["params"] if parameter.grad is not None] for group in optimizer.param_groups
-    ]
-    return _group_number(groups)
-
-
-def _group_number(groups: Iterable[Iterable[torch.Tensor]]) -> int:
-    return _number(repr([_shapes(group) for group in groups]).encode())
-
-
-def _shapes(parameters: Iterable[torch.Tensor]) -> bytes:
-    return repr([tuple(parameter.shape) for parameter in parameters if not is_lazy(parameter)]).encode()
-
-
-def _number(told: bytes) -> int:
-    """The same in every process, and above 0, which stands for none."""
-    return 1 + int.from_bytes(blake2b(told, digest_size=7).digest())
+def shapes_of(parameters: Iterable[torch.Tensor]) -> str:
+    """Of those that have one."""
+    return repr([tuple(parameter.shape) for parameter in parameters if not is_lazy(parameter)])
 
 
 class _Told:
@@ -230,12 +205,18 @@ class _Told:
     def add(self, value: Any, name: Any = "", depth: int = 0) -> None:
         """One more value, under that name."""
         parts, ints, kind = self.parts, self.ints, type(value)
+        while isinstance(value, _Tensor) and _functorch.is_functorch_wrapped_tensor(value):
+            parts.append("within")  # vmap hides a dimension, grad none
+            value = _functorch.get_unwrapped(value)
         if isinstance(value, _Tensor) and value.is_nested:
             _add_nested(value, parts, ints)
         elif kind is _Tensor or kind is _Parameter:
             shape = value.shape
             parts += (value.dtype, len(shape), value.requires_grad)
             ints += shape
+            if value.layout is not torch.strided and value.layout in _SPARSE:
+                parts.append(str(value.layout))
+                ints.append(value._nnz())
             if kind is _Tensor and isinstance(name, str) and tells_boundaries(name, value, self._flash):
                 _add_boundaries(name, value, parts, ints)
         elif kind in _PLAIN:

@@ -25,8 +25,9 @@ from flopprof.meter.modes import close
 from flopprof.meter.places import MOST, Done, Ints, Lead, Place, Segment, Start, Tree, led
 from flopprof.meter.signature import Structure
 from flopprof.meter.steps import Here
+from flopprof.meter.trail import Trail
 from flopprof.meter.watching import anything_compiled
-from flopprof.meter.work import Work, work_of
+from flopprof.meter.work import work_of
 from flopprof.profile import Attention
 
 logger = logging.getLogger(__name__)
@@ -67,15 +68,13 @@ class Tracker:
         self._first: Segment | None = None  # of a step that nothing is told of
         self._segment: Segment | None = None
         self._graph: Done | None = None  # what autograd recorded last, where another segment runs
-        self._trail: list[Done] = []
+        self._trail = Trail()
         self._made = 0
         self._modes = 0
         self._inference: bool | None = False  # at the start of the step; None: not known
         self._left: FlopCounter | None = None  # that could not be closed where it was no longer needed
         self._closure = False
         self._optimizers: dict[Structure, list[Structure]] = {}  # by class and parameters: by those that had a gradient
-        self._counts: dict[Done, Work] = {}  # of this step
-        self._times: dict[Place, int] = {}  # so often a segment of it ended there, where that matters
 
     @property
     def blind(self) -> bool:
@@ -85,8 +84,7 @@ class Tracker:
     # --- events ------------------------------------------------------------------------------------------------------
     def begin(self, structure: Structure = (), ints: Ints = (), *, recount: bool = False) -> None:
         """A step begins; structure and ints of what it is given, where only that tells steps apart."""
-        self._trail = []
-        self._counts, self._times = {}, {}
+        self._trail = Trail()
         self._closure = False
         self._inference = _inference()
         self.leave_late()
@@ -119,7 +117,8 @@ class Tracker:
     def go_on(self, here: Here) -> None:
         """Follow a step from here on."""
         self._steps += 1
-        self._segment, self._trail, self._made, self._modes = here
+        self._segment, trail, self._made, self._modes = here
+        self._trail = Trail(trail)
         self._closure = self.whole = False
         self._inference = None if _inference() else False
         self._graph = None
@@ -140,7 +139,8 @@ class Tracker:
         if segment is None or self.counter is not None or segment.start.place.ambiguous:
             return None
         made = _nodes_made()
-        edge = segment.edges.get((0 if self.tree.sight.blind else made - self._made, event))
+        since = 0 if self.tree.sight.blind else made - self._made
+        edge = segment.edges.get((since, event, *self._trail.key(segment.start.place)))
         if edge is None or not edge[1].start.known:
             return None
         segment.start.matched = True
@@ -202,7 +202,8 @@ class Tracker:
     def finish(self) -> tuple[Done, ...]:
         """The step is over: its segments. Their work is known then, but where one must be counted another time."""
         segment = self._segment
-        if self.counter is None and segment is not None and not segment.start.place.ambiguous:
+        place = None if segment is None else segment.start.place
+        if self.counter is None and segment is not None and place and not (place.ambiguous or place.wide):
             done = segment.ends.get(0 if self.tree.sight.blind else _nodes_made() - self._made)
             if done is not None and done.work is not None:
                 segment.start.matched |= segment.start.known
@@ -219,7 +220,7 @@ class Tracker:
         self._segment = None
         if self.counter is not None:
             self._leave()
-        self._trail = []
+        self._trail = Trail()
 
     def leave_late(self) -> None:
         """Close a counter that could not be closed at the end of its step."""
@@ -260,7 +261,8 @@ class Tracker:
     def _end(self, event: Any, lead: Lead | None = None) -> tuple[Any, Segment | None, Done | None]:
         """The running segment ends with this event: the key of that, the segment, and what is left of it."""
         before = self._segment
-        key = (0 if self.tree.sight.blind else _nodes_made() - self._made, event)
+        made = 0 if self.tree.sight.blind else _nodes_made() - self._made
+        key = (made, event) if before is None else (made, event, *self._trail.key(before.start.place))
         return key, before, self._settle(lead)
 
     def _link(self, key: Any, before: Segment | None, done: Done | None, segment: Segment, kept: Any) -> None:
@@ -294,51 +296,22 @@ class Tracker:
             segment = led(segment, made, lead, work)
         done = segment.end(made)
         self._graph = done if segment.start.place.recorded else segment.graph
-        if segment.start.place.ambiguous or (work is not None and self._is_another(done, work)):
-            done = self._again(done, work)
-        self._trail.append(done)
+        start = segment.start
+        done, before = self._trail.close(done, work)
         if work is not None:
-            segment.start.ended.add(lead is not None)
-            self._learn(done, work)
+            start.ended.add(lead is not None)
+            if before is not None:
+                self.corrections += 1
+                logger.warning(
+                    "a segment of a step multiplies %d FLOPs, where %d were counted: its signature does not tell all",
+                    work.hardware_flops,
+                    before.hardware_flops,
+                )
         elif done.work is None:
-            self._doubt(segment.start, made, called=lead is not None)
-        elif made in segment.start.counts:
-            segment.start.matched = True
+            self._doubt(start, made, called=lead is not None)
+        elif made in start.counts:
+            start.matched = True
         return done
-
-    def _is_another(self, done: Done, work: Work) -> bool:
-        """Did the same multiply something else in this very step?
-
-        Then what came before it in the step matters, too: after the last of several micro-batches, say, something runs
-        outside the models. From now on these are told by their number in the step.
-        """
-        before = self._counts.setdefault(done, work)
-        if before.flops == work.flops:
-            return False
-        done.place.ambiguous = True
-        for i, other in enumerate(self._trail):
-            if other is done:
-                self._trail[i] = self._again(done, before)
-                self._learn(self._trail[i], before)
-        return True
-
-    def _again(self, done: Done, work: Work | None) -> Done:
-        """What is over, told by how often it was before in this step."""
-        place = done.place
-        number = self._times[place] = self._times.get(place, -1) + 1
-        if work is not None:
-            place.note(done.ints, work)
-        return place.child(("again", number)).end(done.ints)
-
-    def _learn(self, done: Done, work: Work) -> None:
-        before = done.place.learn(done, work)
-        if before is not None:
-            self.corrections += 1
-            logger.warning(
-                "a step's segment multiplies %d FLOPs where %d were counted before: its signature does not tell all",
-                work.hardware_flops,
-                before.hardware_flops,
-            )
 
     def _doubt(self, start: Start, made: int, *, called: bool) -> None:
         """Uncounted, it made other nodes than in any count: another branch, which is counted when it comes again."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from types import FrameType, ModuleType
 from typing import Any, Protocol
 
@@ -156,7 +156,8 @@ class _Engine(StandIn):
             if repeat.thread == _thread() and _node() is None:
                 # Roots, the graph kept or not, a graph of its own or not, inputs: what tells backward passes apart.
                 nodes = 0 if repeat.blind else _nodes_made() - repeat.made
-                parts = nodes, "backward", len(args[0]), args[2:4], len(args) > 4 and len(args[4] or ())
+                inputs = told_inputs(args[4]) if len(args) > 4 and args[4] else 0
+                parts = nodes, "backward", len(args[0]), args[2:4], inputs
                 if repeat.on and parts == repeat.events[repeat.at]:
                     repeat.at += 1
                     continue
@@ -164,6 +165,13 @@ class _Engine(StandIn):
                 if listener is not None:
                     listener.differentiated(parts)
         return self.engine.run_backward(*args, **kwargs)
+
+
+def told_inputs(inputs: Iterable[Any]) -> tuple[Any, ...]:
+    """What a backward pass goes down to: parameters by their ids, other tensors by their shapes."""
+    return tuple(
+        [id(item) if isinstance(item, torch.nn.Parameter) else tuple(getattr(item, "shape", ())) for item in inputs]
+    )
 
 
 def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
@@ -364,6 +372,12 @@ def compiled_within(module: torch.nn.Module) -> bool:
 
 class Roots(list[Root]):
     """The models, in the order in which they were given."""
+
+    def placed(self, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        """What `told_inputs` told, with the places of the models' parameters for their ids."""
+        parameters = (parameter for root in self for parameter in root.parameters)
+        places = {id(parameter): place for place, parameter in enumerate(parameters)}
+        return tuple(places.get(item, -1) if isinstance(item, int) else item for item in inputs)
 
     def named(self) -> torch.nn.Module | None:
         """What names the counter's modules."""
