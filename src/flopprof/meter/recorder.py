@@ -17,7 +17,7 @@ from flopprof.meter.signature import Root, arguments, plain, size_of
 from flopprof.meter.steps import Moment, OpenStep, Repeat
 from flopprof.meter.timing import Timer
 from flopprof.meter.tracking import Tracker
-from flopprof.meter.watching import Roots, Watch, compiled_call, instruments
+from flopprof.meter.watching import Roots, Watch, compiled_call, hides_hooks, instruments
 from flopprof.meter.work import Work, total
 from flopprof.profile import Attention
 
@@ -156,7 +156,7 @@ class Recorder:
         step.compilations = instruments.compilations
         step.start = self.timer.mark()
         given = self.opaque or self._bypassed or (self._once_bypassed and step.batch is not None)
-        recount |= (self._closures or self._looked == 1) and self._new(step.batch)
+        recount |= (self._closures or self.tracker.late or self._looked == 1) and self._new(step.batch)
         if not given:
             self.tracker.begin(recount=recount)
         else:
@@ -333,6 +333,7 @@ class Recorder:
         if self._span is not None:
             self._resume()
         itself, inside = (False, False) if self.tracker.counter is None else compiled_call()
+        inside |= hides_hooks(root.module)
         if inside:
             self.tracker.from_start |= not self.opaque
             self.opaque = True

@@ -26,7 +26,7 @@ from flopprof.meter.places import MOST, Done, Ints, Lead, Place, Segment, Start,
 from flopprof.meter.signature import Structure
 from flopprof.meter.steps import Here
 from flopprof.meter.trail import Trail
-from flopprof.meter.watching import anything_compiled
+from flopprof.meter.watching import anything_compiled, in_compiled
 from flopprof.meter.work import work_of
 from flopprof.profile import Attention
 
@@ -61,6 +61,7 @@ class Tracker:
         self.counter: FlopCounter | None = None
         self.whole = False  # this step is counted from its start on
         self.from_start = True  # the next step is counted from its start on
+        self.late = False  # a call is seen where it is too late to count it: what it runs is compiled
         self.corrections = 0  # counts that showed an earlier count or form of the same segment to be wrong
         self.tree = Tree()
         self._steps = 0
@@ -335,7 +336,11 @@ class Tracker:
         # The backward of a compiled forward runs other operators than those that it stands for.
         plain = place.plain and self._attention == "full" and not anything_compiled()
         if (place.depth == 0 or plain) and place.opens and not self._closure and self.may_open():
-            self._open()
+            if in_compiled():
+                self.late = True
+                self._try_again(place)
+            else:
+                self._open()
         else:
             self._try_again(place)
 

@@ -331,18 +331,36 @@ def compiled_call() -> tuple[bool, bool]:
     """Of the call that a hook tells of in a step that is counted: (is it that of a compiled model, is it inside more?)
 
     A compiled function runs eagerly to be counted. Inside one, no hook will run once the step is not counted; those of
-    a model that is itself compiled will.
+    a model that is itself compiled will, but of torch's own classes (Sequential), whose calls are compiled with hooks.
     """
     frame: FrameType | None = sys._getframe(1)
-    itself = False
+    itself = hidden = False
     while frame is not None and frame.f_code.co_filename.endswith(_ENTRY):
         itself |= _is_compiled(frame)
+        hidden |= _is_inlined(frame.f_code)
         frame = frame.f_back
-    while frame is not None:
-        if _is_compiled(frame):
-            return itself, True
+    return itself, (itself and hidden) or _in_compiled(frame)
+
+
+def in_compiled() -> bool:
+    """Does this run, eagerly, between a compiled function's entry and the code that was compiled of it?"""
+    return _in_compiled(sys._getframe(1))
+
+
+def _in_compiled(frame: FrameType | None) -> bool:
+    while frame is not None and not _is_compiled(frame):
         frame = frame.f_back
-    return itself, False
+    return frame is not None
+
+
+def hides_hooks(module: torch.nn.Module) -> bool:
+    """Was the model compiled in place, with its hooks?"""
+    function = getattr(module.__dict__.get("_compiled_call_impl"), "_torchdynamo_orig_callable", None)
+    return _is_inlined(getattr(function, "__code__", None))
+
+
+def _is_inlined(code: Any) -> bool:
+    return code is not None and code.co_name == "inner" and code.co_filename.endswith("_dynamo/external_utils.py")
 
 
 def _is_compiled(frame: FrameType) -> bool:
