@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 
+from flopprof.meter.batches import Batches
 from flopprof.meter.between import Evaluations
+from flopprof.meter.compiling import compiled_call, hides_hooks
 from flopprof.meter.floats import Floats
 from flopprof.meter.optimizers import Optimizers, stepped_number
 from flopprof.meter.padding import Padding, Unpadded
@@ -17,15 +19,13 @@ from flopprof.meter.signature import Root, arguments, plain, size_of
 from flopprof.meter.steps import Moment, OpenStep, Repeat
 from flopprof.meter.timing import Timer
 from flopprof.meter.tracking import Tracker
-from flopprof.meter.watching import Roots, Watch, compiled_call, hides_hooks, instruments
+from flopprof.meter.watching import Roots, Watch, instruments
 from flopprof.meter.work import Work, total
 from flopprof.profile import Attention
 
 # The lists of the models' parameters are made anew after so many steps.
 _REFRESH = 256
 _grad_enabled = torch.is_grad_enabled
-# Of loops whose optimizers are given closures, so many kinds of batches are counted as soon as they come.
-_MOST_BATCHES = 16
 _OUTSIDE = (
     "a model is called inside a compiled function, where its inputs are not seen: use meter.track(loader), "
     "meter.step(batch) or meter.wrap(step), whose arguments then tell steps apart."
@@ -52,7 +52,7 @@ class Recorder:
         self.needs_calls = True  # a step without one is told by nothing else
         self._bypassed = self._once_bypassed = False  # no model was called in the latest step, or in one
         self._unseen = False  # nothing told a step from others
-        self._batches: set[Any] = set()
+        self._batches = Batches()
         self._watch = Watch()
         self._step: OpenStep | None = None
         self._span: tuple[str, Any] | None = None  # a pause or an evaluation inside the step
@@ -156,7 +156,7 @@ class Recorder:
         step.compilations = instruments.compilations
         step.start = self.timer.mark()
         given = self.opaque or self._bypassed or (self._once_bypassed and step.batch is not None)
-        recount |= (self._closures or self.tracker.late or self._looked == 1) and self._new(step.batch)
+        recount |= (self._closures or self.tracker.late or self._looked == 1) and self._batches.new(step.batch)
         if not given:
             self.tracker.begin(recount=recount)
         else:
@@ -199,15 +199,6 @@ class Recorder:
         if self._learnt and moments is not None:
             self.repeat.learn(moments, step)
         self._before, self._alike = step.segments, alike
-
-    def _new(self, batch: Any) -> bool:
-        """Is the batch unlike those before? In a closure its call could not be counted, once it is made."""
-        if batch is None or len(self._batches) >= _MOST_BATCHES:
-            return False
-        told = arguments((batch,), {})
-        new = told not in self._batches
-        self._batches.add(told)
-        return new
 
     def _note(self, event: Any) -> None:
         """An event comes, perhaps in a step that the next ones may be held against."""

@@ -18,11 +18,12 @@ import torch
 from torch.nn.modules import module as _modules
 
 from flopprof.counting.imports import WhenImported, replaced
+from flopprof.meter.compiling import compiled_within
 from flopprof.meter.recorder import Recorder
 from flopprof.meter.signature import Root
 from flopprof.meter.timing import CudaTimer
 from flopprof.meter.tracking import Tracker
-from flopprof.meter.watching import Before, compiled_within
+from flopprof.meter.watching import Before
 
 if TYPE_CHECKING:
     from flopprof.meter.meter import Meter

@@ -21,12 +21,12 @@ import torch
 
 from flopprof.counting.runtime import FlopCounter
 from flopprof.counting.tally import Tally
+from flopprof.meter.compiling import anything_compiled, in_compiled
 from flopprof.meter.modes import close
 from flopprof.meter.places import MOST, Done, Ints, Lead, Place, Segment, Start, Tree, led
 from flopprof.meter.signature import Structure
 from flopprof.meter.steps import Here
 from flopprof.meter.trail import Trail
-from flopprof.meter.watching import anything_compiled, in_compiled
 from flopprof.meter.work import work_of
 from flopprof.profile import Attention
 
