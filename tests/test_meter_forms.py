@@ -132,6 +132,20 @@ def test_a_number_that_grows_beside_lengths_makes_no_difference_to_them() -> Non
     assert told == 600 - counted
 
 
+def test_how_many_boxes_each_image_has_makes_no_difference() -> None:
+    """Eight images, and targets of 1 to 20 boxes that no product depends on."""
+    chance = random.Random(0)
+    steps = [tuple(chance.randint(1, 20) for _ in range(8)) for _ in range(400)]
+    assert loop(lambda *boxes: 8 * 4000, steps)[0] <= 24
+
+
+@pytest.mark.parametrize("cost", [lambda *boxes: 100 * sum(boxes), lambda *boxes: 100 * len(boxes) * max(boxes)])
+def test_where_it_does_nothing_wrong_is_told(cost: Cost) -> None:
+    """In proportion to all boxes, or to those of the image with most (padded)."""
+    chance = random.Random(1)
+    loop(cost, [tuple(chance.randint(1, 20) for _ in range(6)) for _ in range(150)])
+
+
 def test_a_count_that_is_another_now_is_what_holds() -> None:
     forms = Forms()
     for length in (2, 9, 4, 6):

@@ -26,6 +26,8 @@ _HIGHEST = 3
 _MOST_SAMPLES = 32
 # What made no difference in so many counts is taken to make none a little beyond them, too.
 _SETTLED = 16
+# Of more sizes (how many boxes each image has), the products of those that make no difference are not looked at.
+_MOST_PRODUCTS = 4
 _NODES = "nodes"
 _AMONG_SIZES: tuple[Sizes, ...] = ((),)  # names a pool as no sizes and no nodes do
 
@@ -168,7 +170,8 @@ class Fit:
 
     def _described(self, sizes: Sizes) -> Row:
         varying = [sizes[i] for i in self._varying]
-        return [1, *varying, *(a * b for a, b in combinations(varying, 2)), *self._terms(sizes)]
+        few = varying if len(varying) <= _MOST_PRODUCTS else [sizes[i] for i in self._varying if i not in self._idle]
+        return [1, *varying, *(a * b for a, b in combinations(few, 2)), *self._terms(sizes)]
 
 
 class Column:
