@@ -28,6 +28,8 @@ _MOST_SAMPLES = 32
 _SETTLED = 16
 # Of more sizes (how many boxes each image has), the products of those that make no difference are not looked at.
 _MOST_PRODUCTS = 4
+# Of more, counts that differ in few of them are not looked for.
+_MOST_ALONE = 6
 _NODES = "nodes"
 _AMONG_SIZES: tuple[Sizes, ...] = ((),)  # names a pool as no sizes and no nodes do
 
@@ -78,8 +80,10 @@ class Forms:
         if len(points) < 2:
             return
         varying = [column for column in _columns(points) if not column.constant]
-        few = {1, len(varying) - 1} if len(varying) > _MOST_SYMBOLS else range(1, len(varying))
-        for chosen in (chosen for count in sorted(few) for chosen in combinations(varying, count)):
+        few = [*range(1, len(varying))]
+        if len(varying) > _MOST_SYMBOLS:
+            few = [1, len(varying) - 1] if len(varying) <= _MOST_ALONE else []
+        for chosen in (chosen for count in few for chosen in combinations(varying, count)):
             free = {i for column in chosen for i in column.offsets}
             alike = [i for i, size in enumerate(sizes) if size >= 0 and i not in free]
             pool = [point for point in points if all(point[i] == sizes[i] for i in alike)]
@@ -266,11 +270,16 @@ def _columns(points: Sequence[Sizes]) -> list[Column]:
 def _candidates(varying: Sequence[int]) -> Iterator[tuple[tuple[int, ...], list[Sizes]]]:
     """(columns used, exponents of each product), the simplest first."""
     found: list[tuple[tuple[int, ...], list[Sizes]]] = [((), [()])]
-    for count in range(1, _MOST_SYMBOLS + 1):
+    for count in range(1, _symbols(len(varying)) + 1):
         for used in combinations(varying, count):
             found += [(used, basis) for basis in _bases(count)]
     found.append((tuple(varying), [(0,) * len(varying), *_units(len(varying))]))
     yield from sorted(found, key=lambda item: (len(item[1]), len(item[0])))
+
+
+def _symbols(varying: int) -> int:
+    """In so many sizes a form is looked for, of those that vary: ever fewer, that it takes no time to find none."""
+    return _MOST_SYMBOLS if varying <= 4 else 2 if varying <= 6 else 1
 
 
 def _units(count: int) -> list[Sizes]:
