@@ -18,8 +18,6 @@ Lead = tuple[tuple[Any, ...], Ints]  # a call's structure and integers
 MOST = 1 << 14
 # After so many evaluations of a form the next one is counted instead, which proves it again or refutes it.
 _CHECKS = frozenset(4**k for k in range(2, 20))
-# For so many counts, what was missed is waited for.
-_PATIENCE = 3
 
 
 class Sight:
@@ -53,19 +51,18 @@ class Start:
     counts   nodes made, in each count
     ended    in a count, by a call of a model, or not
     matched  uncounted, it made as many nodes as in a count
-    missed   nodes made, uncounted, by what is not known: as long as there are some, it is counted when it comes again
+    missed   uncounted, it made others: no form tells it, and it is counted when it comes again
     doubts   so often it made others than in any count, but ended as there
     """
 
-    __slots__ = ("counts", "doubts", "ended", "ints", "known", "matched", "missed", "patience", "place", "segments")
+    __slots__ = ("counts", "doubts", "ended", "ints", "known", "matched", "missed", "place", "segments")
 
     def __init__(self, place: Place, ints: Ints) -> None:
         self.place, self.ints = place, ints
-        self.known = self.matched = False
+        self.known = self.matched = self.missed = False
         self.counts: set[int] = set()
         self.ended: set[bool] = set()
-        self.missed: set[int] = set()
-        self.doubts = self.patience = 0
+        self.doubts = 0
         self.segments: dict[Done | None, Segment] = {}
 
     def segment(self, graph: Done | None) -> Segment:
@@ -77,20 +74,14 @@ class Start:
             found = self.segments[graph] = Segment(self, graph)
         return found
 
-    def miss(self, made: int) -> None:
-        """Uncounted, it made so many nodes, and what it multiplied is not known."""
-        self.missed.add(made)
-        self.patience = _PATIENCE
-        self.known = False
+    def miss(self) -> None:
+        """Uncounted, it made other nodes."""
+        self.missed, self.known = True, False
 
     def count(self, made: int) -> None:
         """It was counted, and made so many nodes."""
         self.counts.add(made)
-        self.missed.discard(made)
-        self.patience -= 1
-        if self.patience <= 0:
-            self.missed.clear()
-        self.known = not self.missed
+        self.missed, self.known = False, True
 
 
 class Segment:
@@ -142,7 +133,7 @@ class Place:
         self.recorded, self.over, self.told = recorded, over, told
         self.opens = True  # a counter may be opened here
         self.ambiguous = self.wide = self.busy = False
-        self.plain = False  # a backward pass that makes no graph of its own
+        self.plain = False  # a call, or a backward pass that makes no graph of its own
         self.children: dict[Any, Place] = {}
         self.starts: dict[Ints, Start] = {}
         self.done: dict[Ints, Done] = {}
@@ -164,7 +155,7 @@ class Place:
                 over=(self.over or backward) and not told,
                 told=told,
             )
-            found.plain = backward and structure[2][1:] == (False,)
+            found.plain = structure[2][1:] == (False,) if backward else type(next(iter(structure), None)) is int
             found.opens = structure[:1] != ("optimizer",)
             self.ambiguous |= structure[:1] == ("again",)
             self.wide |= structure[:1] == ("after",)

@@ -309,15 +309,16 @@ class Tracker:
                     before.hardware_flops,
                 )
         elif done.work is None:
-            self._doubt(start, made, called=lead is not None)
+            self._doubt(start, called=lead is not None)
         elif made in start.counts:
             start.matched = True
         return done
 
-    def _doubt(self, start: Start, made: int, *, called: bool) -> None:
+    def _doubt(self, start: Start, *, called: bool) -> None:
         """Uncounted, it made other nodes than in any count: another branch, which is counted when it comes again."""
-        self._try_again(start.place)
-        start.miss(made)
+        start.miss()
+        if not self._countable(start.place):
+            self._try_again(start.place)
         start.doubts += called in start.ended
         if start.doubts > _DOUBTS and not start.matched and len(start.counts) == 1:
             self.lose_sight()  # counted it always makes those, uncounted never: a compiled function
@@ -327,15 +328,21 @@ class Tracker:
         """Is everything closed that was opened since the step's start?"""
         return _modes() == self._modes and _inference() == self._inference
 
-    def _count_now(self, start: Start) -> None:
-        # Where a graph begins, or a plain backward: what runs from here on needs nothing that ran before it. (A mode
-        # may be opened inside other contexts of the loop's only where it is sure to be closed before them; in a step
-        # of an optimizer, hooks are being called that a counter would add to. The end of inference mode brings back
-        # what of modes there was at its beginning: a counter is opened and closed on the same side of it.)
-        place = start.place
-        # The backward of a compiled forward runs other operators than those that it stands for.
+    def _countable(self, place: Place) -> bool:
+        """Where a graph begins, in a plain call or backward: what runs from there on needs nothing that ran before.
+
+        The backward of a compiled forward runs other operators than those that it stands for; in a step of an
+        optimizer, hooks are being called that a counter would add to.
+        """
         plain = place.plain and self._attention == "full" and not anything_compiled()
-        if (place.depth == 0 or plain) and place.opens and not self._closure and self.may_open():
+        return (place.depth == 0 or plain) and place.opens and not self._closure
+
+    def _count_now(self, start: Start) -> None:
+        # A mode may be opened inside other contexts of the loop's only where it is sure to be closed before them. The
+        # end of inference mode brings back what of modes there was at its beginning: a counter is opened and closed
+        # on the same side of it.
+        place = start.place
+        if self._countable(place) and self.may_open():
             if in_compiled():
                 self.late = True
                 self._try_again(place)
