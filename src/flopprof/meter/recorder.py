@@ -12,6 +12,7 @@ from flopprof.meter.batches import Batches
 from flopprof.meter.between import Evaluations
 from flopprof.meter.compiling import compiled_call, hides_hooks
 from flopprof.meter.floats import Floats
+from flopprof.meter.models import Roots
 from flopprof.meter.optimizers import Optimizers, stepped_number
 from flopprof.meter.padding import Padding, Unpadded
 from flopprof.meter.places import Done
@@ -19,7 +20,7 @@ from flopprof.meter.signature import Root, arguments, plain, size_of
 from flopprof.meter.steps import Moment, OpenStep, Repeat
 from flopprof.meter.timing import Timer
 from flopprof.meter.tracking import Tracker
-from flopprof.meter.watching import Roots, Watch, instruments
+from flopprof.meter.watching import Watch, instruments
 from flopprof.meter.work import Work, total
 from flopprof.profile import Attention
 
@@ -45,7 +46,7 @@ class Recorder:
         self.repeat = Repeat(self)
         self.clock = clock
         self.timer = timer
-        self._roots = Roots()
+        self._roots = Roots(self._evaluated)
         self.tracker = Tracker(self._roots, attention)
         self.known = self.tracker.known
         self.opaque = False  # a model runs inside a compiled function
@@ -331,6 +332,11 @@ class Recorder:
         elif itself:
             self.tracker.lose_sight()
         return inside
+
+    def _evaluated(self, root: Root) -> None:
+        """What a model wraps is called for its own sake, in evaluation."""
+        if self._step is not None and self._span is None:
+            self._aside(root, evaluates=True)
 
     def differentiated(self, parts: tuple[Any, ...]) -> None:
         """A backward pass starts. parts: the nodes so far, and what tells it apart."""

@@ -51,6 +51,12 @@ class Models(Protocol):
     def compiled(self) -> bool:
         """Does a part of them run compiled?"""
 
+    def opened(self) -> None:
+        """A counter is open."""
+
+    def closed(self) -> None:
+        """It is closed."""
+
 
 class Tracker:
     """The events of a step under way, and everything counted so far."""
@@ -365,10 +371,12 @@ class Tracker:
         counter = FlopCounter(self._models.named(), attention=self._attention)
         counter.__enter__()
         self.counter = counter
+        self._models.opened()
 
     def _leave(self) -> None:
         counter, self.counter = self.counter, None
         assert counter is not None
+        self._models.closed()
         if _inference() == self._inference:
             close(counter)
         else:

@@ -24,7 +24,6 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 from flopprof.counting.imports import WhenImported, replaced
 from flopprof.counting.instrument import StandIn
-from flopprof.meter.compiling import compiled_within
 from flopprof.meter.signature import MAY_TELL_BOUNDARIES, Root, tells_boundaries, wants
 from flopprof.meter.steps import Repeat
 from flopprof.meter.timing import Timer
@@ -325,21 +324,3 @@ def _end(repeat: Repeat) -> None:
 def _remove(handles: list[Any]) -> None:
     while handles:
         handles.pop().remove()
-
-
-class Roots(list[Root]):
-    """The models, in the order in which they were given."""
-
-    def placed(self, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        """What `told_inputs` told, with the places of the models' parameters for their ids."""
-        parameters = (parameter for root in self for parameter in root.parameters)
-        places = {id(parameter): place for place, parameter in enumerate(parameters)}
-        return tuple(places.get(item, -1) if isinstance(item, int) else item for item in inputs)
-
-    def named(self) -> torch.nn.Module | None:
-        """What names the counter's modules."""
-        return self[0].module if len(self) == 1 else None
-
-    def compiled(self) -> bool:
-        """Does a part of the models run compiled?"""
-        return any(compiled_within(root.module) for root in self)
