@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch.nn.modules.module import register_module_forward_pre_hook
 
 from flopprof.meter.compiling import compiled_within
 from flopprof.meter.signature import Root
+from flopprof.meter.watching import made_silent
 
 
 class Roots(list[Root]):
@@ -20,7 +20,7 @@ class Roots(list[Root]):
     def __init__(self, evaluated: Callable[[Root], object]) -> None:
         super().__init__()
         self._evaluated = weakref.WeakMethod(evaluated)
-        self._handle: Any = None
+        self._handles: list[Any] = []
 
     def placed(self, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         """What `told_inputs` told, with the places of the models' parameters for their ids."""
@@ -38,34 +38,48 @@ class Roots(list[Root]):
 
     def opened(self) -> None:
         """A counter sees every module now."""
-        if self._handle is None:
-            self._handle = register_module_forward_pre_hook(self._seen)
+        if not self._handles:
+            for root in self:
+                hook = _Inside(self._evaluated, root)
+                self._handles += [module.register_forward_pre_hook(hook) for module in _inside(root)]
 
     def closed(self) -> None:
         """It sees them no more."""
-        if self._handle is not None:
-            self._handle.remove()
-            self._handle = None
+        while self._handles:
+            self._handles.pop().remove()
 
-    def _seen(self, module: torch.nn.Module, _: Any) -> None:
-        """A module is called: where it is all of a model but the wrapper, in evaluation, the model is evaluated.
 
-        (`model.module` of DistributedDataParallel, `generate` of an adapted model.)
-        """
-        if module.training or torch.is_grad_enabled():
+class _Inside:
+    """The hook on what a model wraps: called for its own sake in evaluation, that is the model's.
+
+    (`model.module` of DistributedDataParallel, `generate` of an adapted model.)
+    """
+
+    __slots__ = ("_evaluated", "_root")
+
+    def __init__(self, evaluated: weakref.WeakMethod[Callable[[Root], object]], root: Root) -> None:
+        self._evaluated, self._root = evaluated, weakref.ref(root)
+
+    def __call__(self, module: torch.nn.Module, _: Any) -> None:
+        root, evaluated = self._root(), self._evaluated()
+        if module.training or torch.is_grad_enabled() or root is None or not root.trained or evaluated is None:
             return
-        root = next((root for root in self if root.trained and _is_inside(module, root)), None)
-        evaluated = self._evaluated()
-        if root is not None and evaluated is not None and not _is_running(root.module):
+        if not _is_running(root.module):
             evaluated(root)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return made_silent, ()
 
-def _is_inside(module: torch.nn.Module, root: Root) -> bool:
-    """Is it a part of the model with all that is trained in it?"""
-    if module is root.module or id(module) not in root.parts:
-        return False
-    own = set(map(id, module.parameters()))
-    return all(id(parameter) in own for parameter in root.parameters if parameter.requires_grad)
+
+def _inside(root: Root) -> Iterator[torch.nn.Module]:
+    """The parts that hold all that is trained in the model, from the outside in."""
+    trained = {id(parameter) for parameter in root.parameters if parameter.requires_grad}
+    found: torch.nn.Module | None = root.module
+    while found is not None and trained:
+        parts = found.children()
+        found = next((part for part in parts if trained <= set(map(id, part.parameters()))), None)
+        if found is not None and not isinstance(found, torch.jit.ScriptModule):  # which takes no hooks
+            yield found
 
 
 def _is_running(module: torch.nn.Module) -> bool:

@@ -67,7 +67,8 @@ def silent(*_: Any) -> None:
     """What a copied or unpickled model has in the place of a meter's hook."""
 
 
-def _silent() -> Any:
+def made_silent() -> Any:
+    """What copying and unpickling call."""
     return silent
 
 
@@ -139,7 +140,7 @@ class Before:
             listener.called(root, parts, args, kwargs)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _silent, ()
+        return made_silent, ()
 
 
 # Hooks of a compiled model run while the compiler looks for frames to compile: these are none.
