@@ -53,6 +53,7 @@ def _state() -> dict[str, Any]:
     return {
         **functions,
         **hooks,
+        "attention": id(torch.nn.functional.scaled_dot_product_attention),  # what stands in for it equals it
         "dispatch modes": torch._C._len_torch_dispatch_stack(),
         "function modes": torch._C._len_torch_function_stack(),
         "saved tensor hooks": torch._C._autograd._top_saved_tensors_default_hooks(False),

@@ -303,6 +303,38 @@ def test_a_product_spelled_as_a_multiplication_is_counted_once() -> None:
     assert "aten::mul" not in profile.elementwise_by_operator()
 
 
+def scaled_by_hook(y: torch.Tensor) -> None:
+    y.register_hook(lambda gradient: gradient * torch.ones_like(gradient))
+    y.sum().backward()
+
+
+def scaled_by_node(y: torch.Tensor) -> None:
+    y.grad_fn.register_hook(lambda made, given: tuple(each * torch.ones_like(each) for each in made))
+    y.sum().backward()
+
+
+@pytest.mark.parametrize("backward", [scaled_by_hook, scaled_by_node])
+@pytest.mark.parametrize(("product", "flops"), [(torch.mv, 2 * 4 * 5), (torch.dot, 2 * 5)])
+def test_a_hook_that_scales_is_no_product(product: Any, flops: int, backward: Any) -> None:
+    first = torch.randn(4, 5) if product is torch.mv else torch.randn(5)
+    first, second = first.requires_grad_(), torch.randn(5, requires_grad=True)
+    profile = counted(lambda: backward(product(first, second)))
+    assert (profile.forward_flops, profile.backward_flops) == (flops, 2 * flops)
+
+
+def test_a_saved_tensor_that_a_hook_scales_is_no_product() -> None:
+    matrix, vector = torch.randn(4, 5, requires_grad=True), torch.randn(5, requires_grad=True)
+    hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: t / 2.0, lambda t: t * torch.full_like(t, 2.0))
+
+    def run() -> None:
+        with hooks:
+            y = matrix @ vector
+        y.sum().backward()
+
+    profile = counted(run)
+    assert (profile.forward_flops, profile.backward_flops) == (2 * 4 * 5, 2 * 2 * 4 * 5)
+
+
 def test_an_outer_product_is_elementwise() -> None:
     left, right = vectors((4,), (5,))
     profile = counted(lambda: torch.outer(left, right).sum().backward())

@@ -174,6 +174,41 @@ def test_selective_checkpointing_replays_only_what_was_not_saved() -> None:
         assert own(profile, "backward") == {"a": 2 * A, "b": 2 * B, "c": 2 * C}
 
 
+class Shifted(torch.autograd.Function):
+    """Multiplies, in a function of its own."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x, weight)
+        return x @ weight
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        x, weight = ctx.saved_tensors
+        return gradient @ weight.T, x.T @ gradient
+
+
+def test_what_a_policy_saved_is_no_work_outside_the_dispatcher() -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = nn.Linear(3, 5), nn.Linear(5, 3)
+            self.weight = nn.Parameter(torch.randn(3, 3))
+
+        def inside(self, x: torch.Tensor) -> torch.Tensor:
+            return self.down(torch.relu(self.up(Shifted.apply(x, self.weight))))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            saved = [torch.ops.aten.mm.default, torch.ops.aten.addmm.default]
+            context = partial(create_selective_checkpoint_contexts, saved)
+            return checkpoint(self.inside, x, use_reentrant=False, context_fn=context)
+
+    block, flops = Block(), 2 * 2 * (3 * 5 + 5 * 3 + 3 * 3)
+    profile = counted(lambda: block(leaf()).sum().backward(), model=block)
+    assert profile.exact
+    assert profile.by_phase() == {"forward": flops, "backward": 2 * flops, "recompute": 0, "optimizer": 0}
+
+
 def test_checkpoint_sequential_leaves_its_last_segment_alone() -> None:
     model = nn.Sequential(*(nn.Linear(3, 3, bias=False) for _ in range(4)))
     layer = 2 * 2 * 3 * 3

@@ -16,6 +16,7 @@ from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call, grad, stack_module_state, vmap
 
+import flopprof
 from flopprof import FlopCounter, Profile
 from flopprof.counting.compiled import run_eagerly
 
@@ -339,3 +340,13 @@ def test_gradients_per_sample() -> None:
     profile = counted(lambda: vmap(grad(loss), (None, 0))(parameters, samples), model)
     assert own(profile, "forward") == FORWARD
     assert own(profile, "backward") == BACKWARD
+
+
+def test_a_compiled_part_without_a_length() -> None:
+    block = torch.compile(nn.Linear(4, 4), backend="eager")
+    net = nn.Sequential(nn.Linear(4, 4), block)
+    x = torch.randn(BATCH, 4)
+    flops = 2 * 2 * BATCH * 4 * 4
+    assert counted(lambda: net(x)).forward_flops == flops
+    assert counted(lambda: net(x), net).by_module("forward") == {"": flops, "0": flops // 2, "1": flops // 2}
+    assert flopprof.count(net, x).n_params == 2 * (4 * 4 + 4)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from inspect import isfunction, signature
 from typing import Any
 
 import pytest
@@ -161,6 +162,92 @@ def test_a_closure_by_keyword_and_its_own_work_after_it() -> None:
         optimizer.zero_grad()
         profile = counted(run, model=net)
         assert profile.by_phase() == phases(L, L, ITERATIONS * 3 * SQUARE)
+
+
+class Searching(torch.optim.Optimizer):
+    """Calls its closure with arguments, and reads and writes what the closure holds."""
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params, {"lr": 0.1})
+
+    def step(self, closure: Any) -> Any:  # type: ignore[override]
+        assert isfunction(closure)
+        assert list(signature(closure).parameters) == ["backward"]
+        with torch.enable_grad():
+            loss = closure(backward=True)
+        closure.calls += 1
+        torch.eye(N) @ torch.eye(N)
+        closure(False)
+        return loss
+
+
+class OnModel(torch.optim.Optimizer):
+    """Runs the model that its step is given, and no closure."""
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params, {"lr": 0.1})
+
+    def step(self, net: Any, inputs: Any) -> Any:  # type: ignore[override]
+        assert isinstance(net, nn.Module)
+        return net(inputs).sum()
+
+
+def test_a_closure_takes_arguments_and_holds_attributes() -> None:
+    net = model()
+
+    def closure(backward: bool = True) -> torch.Tensor:
+        loss = net(data()).sum()
+        if backward:
+            loss.backward()
+        return loss
+
+    closure.calls = 0  # type: ignore[attr-defined]
+    profile = counted(lambda: Searching(net.parameters()).step(closure), model=net)
+    assert closure.calls == 1  # type: ignore[attr-defined]
+    assert profile.by_phase() == phases(2 * L, L, SQUARE)
+
+
+def test_a_module_that_a_step_is_given_is_no_closure() -> None:
+    net = model()
+    profile = counted(lambda: OnModel(net.parameters()).step(net, data()), model=net)
+    assert profile.by_phase() == phases(0, 0, L)
+
+
+def test_a_function_that_comes_first_is_the_closure_whatever_its_name() -> None:
+    net = model()
+
+    class Named(torch.optim.Optimizer):
+        def step(self, evaluate: Any, scale: Any) -> Any:  # type: ignore[override]
+            return scale(evaluate())
+
+    def evaluate() -> torch.Tensor:
+        return net(data()).sum()
+
+    def scale(loss: torch.Tensor) -> torch.Tensor:
+        torch.eye(N) @ torch.eye(N)
+        return loss
+
+    profile = counted(lambda: Named(net.parameters(), {}).step(evaluate, scale), model=net)
+    assert profile.by_phase() == phases(L, 0, SQUARE)
+
+
+def test_the_closure_is_the_parameter_of_that_name() -> None:
+    net = model()
+
+    class Second(torch.optim.Optimizer):
+        def step(self, scale: Any, closure: Any = None) -> Any:  # type: ignore[override]
+            return scale(closure())
+
+    def scale(loss: torch.Tensor) -> torch.Tensor:
+        torch.eye(N) @ torch.eye(N)
+        return loss
+
+    def closure() -> torch.Tensor:
+        return net(data()).sum()
+
+    optimizer = Second(net.parameters(), {})
+    for run in (lambda: optimizer.step(scale, closure), lambda: optimizer.step(scale, closure=closure)):
+        assert counted(run, model=net).by_phase() == phases(L, 0, SQUARE)
 
 
 def test_a_step_that_raises_does_not_stick() -> None:

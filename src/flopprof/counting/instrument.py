@@ -2,9 +2,10 @@
 
 Four things are not visible to a dispatch mode: which module is called, whether a backward builds a graph
 of its own, which checkpoint is replayed, and that the products of unfused attention are masked. Each is observed
-by wrapping one function of torch; the wrappers serve every open counter of the running thread (a counter is found
-through the dispatch mode stack, which autograd carries to its device threads) and are removed when the last
-counter closes.
+by wrapping one function of torch, whatever is there when the first counter opens; the wrappers serve every open
+counter of the running thread (a counter is found through the dispatch mode stack, which autograd carries to its
+device threads) and are removed when the last counter closes. One that somebody else has wrapped or replaced
+meanwhile stays as they left it, and does nothing any more.
 """
 
 from __future__ import annotations
@@ -13,18 +14,22 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable
-from types import FrameType
+from types import BuiltinFunctionType, FrameType
 from typing import Any
 
 import torch
+import torch.jit._builtins
 import torch.utils.checkpoint
 from torch.autograd.variable import Variable
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
+from flopprof.counting.attend import Attention
+from flopprof.counting.closures import Closure, find
 from flopprof.counting.compiled import UncompiledCall, compile_with, run_eagerly
 from flopprof.counting.sharding import unseen_sharding
 from flopprof.counting.unseen import OUTSIDE, follow
-from flopprof.formulas.attention import count_pairs
+
+_ATTENTION = "scaled_dot_product_attention"
 
 _stack_size = torch._C._len_torch_dispatch_stack
 _stack_at = torch._C._get_dispatch_stack_at
@@ -40,32 +45,35 @@ def active() -> list[Any]:
     return [mode for mode in modes if type(mode) in counter_types]
 
 
-_original_call: Callable[..., Any] = torch.nn.Module._call_impl
+def module_call(original: Callable[..., Any], left: list[bool]) -> Callable[..., Any]:
+    """In place of Module._call_impl, until something is in `left`."""
 
-
-def _module_call(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
-    if torch.compiler.is_compiling() or not _stack_size():  # in this order: a compiler folds the first away
-        return _original_call(self, *args, **kwargs)
-    counter = _stack_at(0)
-    if _stack_size() == 1 and type(counter) in counter_types:  # as it usually is, and this runs at every module call
-        call = counter.where.enter(self)
-        seen = counter.seen
+    def _module_call(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        # In this order: a compiler folds the first away.
+        if torch.compiler.is_compiling() or not _stack_size() or left:
+            return original(self, *args, **kwargs)
+        counter = _stack_at(0)
+        if _stack_size() == 1 and type(counter) in counter_types:  # as it usually is, and this runs at every call
+            call = counter.where.enter(self)
+            seen = counter.seen
+            try:
+                output = original(self, *args, **kwargs)
+            finally:
+                counter.where.leave(call)
+            counter.returned(call[2], seen, (args, kwargs), output)
+            return output
+        counters = active()
+        calls = [(counter, counter.where.enter(self), counter.seen) for counter in counters]
         try:
-            output = _original_call(self, *args, **kwargs)
+            output = original(self, *args, **kwargs)
         finally:
-            counter.where.leave(call)
-        counter.returned(call[2], seen, (args, kwargs), output)
+            for counter, call, _seen in reversed(calls):
+                counter.where.leave(call)
+        for counter, call, seen in calls:
+            counter.returned(call[2], seen, (args, kwargs), output)
         return output
-    counters = active()
-    calls = [(counter, counter.where.enter(self), counter.seen) for counter in counters]
-    try:
-        output = _original_call(self, *args, **kwargs)
-    finally:
-        for counter, call, _seen in reversed(calls):
-            counter.where.leave(call)
-    for counter, call, seen in calls:
-        counter.returned(call[2], seen, (args, kwargs), output)
-    return output
+
+    return _module_call
 
 
 class StandIn:
@@ -187,24 +195,25 @@ def closure_outside(step: FrameType, args: tuple[Any, ...], kwargs: dict[str, An
 
     step: the frame of the step, which a counter that is opened in the closure is in from then on.
     """
-    position = next((i for i, item in enumerate(args) if i > 0 and callable(item)), None)
-    closure = args[position] if position is not None else kwargs.get("closure")
-    if closure is None:
+    place = find(args, kwargs)
+    if place is None:
         return None
+    closure = args[place] if isinstance(place, int) else kwargs[place]
 
-    def outside() -> Any:
+    def outside(*given: Any, **also: Any) -> Any:
         under_way = {counter: counter.where.steps for counter in active()}
         for counter in under_way:
             counter.where.steps = []
         try:
-            return closure()
+            return closure(*given, **also)
         finally:
             for counter in {**under_way, **dict.fromkeys(active())}:
                 counter.where.steps = under_way.get(counter, [step])
 
-    if position is None:
-        return args, {**kwargs, "closure": outside}
-    return (*args[:position], outside, *args[position + 1 :]), kwargs
+    standing = Closure(closure, outside)
+    if isinstance(place, int):
+        return (*args[:place], standing, *args[place + 1 :]), kwargs
+    return args, {**kwargs, place: standing}
 
 
 def _after_step(optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -213,49 +222,31 @@ def _after_step(optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
         counter.where.leave_step(step)
 
 
-_original_apply = torch.autograd.Function.__dict__["apply"]
+def function_apply(original: Any, left: list[bool]) -> Callable[..., Any]:
+    """In place of autograd.Function.apply, until something is in `left`."""
 
+    def _function_apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        apply = original.__get__(None, cls)
+        if torch.compiler.is_compiling() or not _stack_size() or left or torch._C._get_tracing_state() is not None:
+            return apply(*args, **kwargs)
+        counters = active()
+        tokens = [counter.unseen.watch() for counter in counters]
+        output = None
+        try:
+            output = apply(*args, **kwargs)
+        finally:
+            found = [
+                counter.unseen.unwatch(token, (args, kwargs), output)
+                for counter, token in zip(counters, tokens, strict=True)
+            ]
+        for counter, missing in zip(counters, found, strict=True):
+            if missing:
+                counter.uncounted(cls.__name__, args, OUTSIDE)
+        if any(found):
+            follow(active, cls.__name__, output)
+        return output
 
-def _function_apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
-    apply = _original_apply.__get__(None, cls)
-    if torch.compiler.is_compiling() or not _stack_size():
-        return apply(*args, **kwargs)
-    counters = active()
-    tokens = [counter.unseen.watch() for counter in counters]
-    output = None
-    try:
-        output = apply(*args, **kwargs)
-    finally:
-        found = [
-            counter.unseen.unwatch(token, (args, kwargs), output)
-            for counter, token in zip(counters, tokens, strict=True)
-        ]
-    for counter, missing in zip(counters, found, strict=True):
-        if missing:
-            counter.uncounted(cls.__name__, args, OUTSIDE)
-    if any(found):
-        follow(active, cls.__name__, output)
-    return output
-
-
-_original_attend = torch.nn.functional.scaled_dot_product_attention
-
-
-def _attend(*args: Any, **kwargs: Any) -> Any:
-    causal = args[5] if len(args) > 5 else kwargs.get("is_causal", False)
-    counters = active() if causal and not torch.compiler.is_compiling() else []
-    if not counters:
-        return _original_attend(*args, **kwargs)
-    query, key = (args[i] if len(args) > i else kwargs[name] for i, name in enumerate(("query", "key")))
-    if query.is_nested:
-        return _original_attend(*args, **kwargs)
-    everything, seen = count_pairs([(query.shape[-2], key.shape[-2])], 1, (None, 0))
-    calls = [(counter, counter.where.enter(None, visible=(seen, everything))) for counter in counters]
-    try:
-        return _original_attend(*args, **kwargs)
-    finally:
-        for counter, call in reversed(calls):
-            counter.where.leave(call)
+    return _function_apply
 
 
 class _Installed:
@@ -280,14 +271,18 @@ class _Installed:
                     self._undo.pop()()
 
     def _install(self) -> None:
-        self._replace(torch.nn.Module, "_call_impl", _module_call)
+        left: list[bool] = []
+        self._undo.append(lambda: left.append(True))
+        call = torch.nn.Module._call_impl
+        self._replace(torch.nn.Module, "_call_impl", module_call(call, left))
         self._replace(torch.nn.Module, "_compiled_call_impl", UncompiledCall(active))
-        self._replace(torch.nn.Module, "compile", compile_with(_original_call))
+        self._replace(torch.nn.Module, "compile", compile_with(call))
         for change in (run_eagerly(active), unseen_sharding(active)):
             self._undo.append(change.remove)
             change.install()
-        self._replace(torch.autograd.Function, "apply", classmethod(_function_apply))
-        self._replace(torch.nn.functional, "scaled_dot_product_attention", _attend)
+        apply = torch.autograd.Function.__dict__["apply"]
+        self._replace(torch.autograd.Function, "apply", classmethod(function_apply(apply, left)))
+        self._stand_in_for_attention()
         self._undo.append(_Engine().leave)
         region = getattr(torch.utils.checkpoint, "_checkpoint_hook", None)
         if region is not None:
@@ -301,12 +296,37 @@ class _Installed:
         self._undo.append(register_optimizer_step_pre_hook(_before_step).remove)
         self._undo.append(register_optimizer_step_post_hook(_after_step).remove)
 
+    def _stand_in_for_attention(self) -> None:
+        original = torch.nn.functional.scaled_dot_product_attention
+        standing = Attention(original, active)
+        self._undo.append(standing.leave)
+        self._replace(torch.nn.functional, _ATTENTION, standing)
+        if isinstance(original, BuiltinFunctionType):  # TorchScript knows its own functions by identity
+            builtins, name = torch.jit._builtins, f"aten::{_ATTENTION}"
+            builtins._builtin_ops.append((standing, name))
+            if builtins._builtin_table is not None:
+                builtins._builtin_table[id(standing)] = name
+
+            def forget() -> None:
+                builtins._builtin_ops[:] = [known for known in builtins._builtin_ops if known[0] is not standing]
+                if builtins._builtin_table is not None:
+                    builtins._builtin_table.pop(id(standing), None)
+
+            self._undo.append(forget)
+
     def _replace(self, owner: Any, name: str, value: Any) -> None:
-        if name in owner.__dict__:
-            original = owner.__dict__[name]
-            self._undo.append(lambda: setattr(owner, name, original))
-        else:
-            self._undo.append(lambda: delattr(owner, name))
+        had = name in owner.__dict__
+        original = owner.__dict__.get(name)
+
+        def put_back() -> None:
+            if owner.__dict__.get(name) is not value:  # somebody else's by now
+                return
+            if had:
+                setattr(owner, name, original)
+            else:
+                delattr(owner, name)
+
+        self._undo.append(put_back)
         setattr(owner, name, value)
 
 

@@ -25,8 +25,8 @@ from flopprof.counting import instrument
 from flopprof.counting.whereabouts import Whereabouts
 from flopprof.profile import Phase
 
-_MODULE_CALL: CodeType = instrument._module_call.__code__
-_FUNCTION_APPLY: CodeType = instrument._function_apply.__code__
+_MODULE_CALL: CodeType = instrument.module_call(len, []).__code__  # every wrapper that it makes has this code
+_FUNCTION_APPLY: CodeType = instrument.function_apply(None, []).__code__
 _ENGINE: CodeType = instrument._Engine.run_backward.__code__
 
 # The folders of torch and of flopprof.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -40,6 +41,10 @@ class Sources:
 
     def add_module(self, submodules: Iterable[tuple[str, torch.nn.Module]]) -> None:
         """Learn every parameter and buffer of these (fqn, module), under its first name."""
+        with _untraced():
+            self._learn(submodules)
+
+    def _learn(self, submodules: Iterable[tuple[str, torch.nn.Module]]) -> None:
         for name, submodule in submodules:
             prefix = f"{name}." if name else ""
             for key, parameter in submodule._parameters.items():
@@ -170,6 +175,21 @@ class Sources:
             for table in (self.known, self.shared, self._extents):
                 table.pop(key, None)
         self._sweep_at = max(_SWEEP_AT, 2 * len(self._alive))
+
+
+@contextmanager
+def _untraced() -> Iterator[None]:
+    """While torch.jit traces, a size that is read is an operator of the trace."""
+    state = torch._C._get_tracing_state()
+    if state is None:
+        yield
+        return
+    resume = torch._C._set_tracing_state  # type: ignore[attr-defined]  # in no stub
+    resume(None)
+    try:
+        yield
+    finally:
+        resume(state)
 
 
 def _share(one: torch.Tensor, other: torch.Tensor) -> bool:

@@ -53,6 +53,16 @@ _COMPLEX_INSIDE = frozenset(
 )
 
 
+def is_product(left: Any, right: Any) -> bool:
+    """Do these, multiplied in a node of PRODUCT_NODES, spell its product? A hook there scales by a like shape.
+
+    The product is of a column, or for a dot of a number for each sample, and something wider.
+    """
+    if not isinstance(right, torch.Tensor) or not right.dim() or left.shape == right.shape:
+        return False
+    return not left.dim() or 1 in (left.shape[-1], right.shape[-1])
+
+
 def _no_formula(*_: Any, **__: Any) -> int:
     raise LookupError("this operator has no formula")
 

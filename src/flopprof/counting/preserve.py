@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import random
 import sys
-from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -16,8 +15,8 @@ import torch
 from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves
 
-# Held by a module and filled by a run: caches, lists of outputs.
-_CONTAINERS = frozenset({dict, list, set, OrderedDict, defaultdict, deque})
+from flopprof.counting.contents import HELD, Own, own_package, package_of, put_back, slots_of, state_of
+
 _PLAIN = frozenset({type(None), bool, int, float, str})
 
 
@@ -27,8 +26,7 @@ class Keep:
     def __init__(self) -> None:
         self._undo: list[Callable[[], object]] = []
         self._empty: list[Any] = []
-        self._saved: set[int] = set()  # storages, and objects that modules hold; held by what puts them back
-        self._package = ""  # of the module whose attributes are being kept
+        self._saved: set[Any] = set()  # storages, and objects that modules hold; held by what puts them back
 
     def module(self, module: torch.nn.Module) -> None:
         """Every attribute of every submodule, by value where a forward writes: buffers, caches, renormed tables."""
@@ -39,18 +37,17 @@ class Keep:
             leaves.update((id(leaf), leaf) for leaf, waits in zip(parameters, lazy, strict=True) if not waits)
             if any(lazy) or any(tensor is not None and is_lazy(tensor) for tensor in submodule._buffers.values()):
                 continue  # its first call makes another module of it, for good
-            self._package = type(submodule).__module__.partition(".")[0]
-            self._container(submodule.__dict__, set())
+            self.held(submodule.__dict__, own=frozenset({package_of(submodule)}))
             if getattr(submodule, "max_norm", None) is not None:  # nn.Embedding then rescales the rows it reads
                 for parameter in parameters:
                     self.values(parameter)
         for leaf in leaves.values():
+            self._wanted(leaf)
             self.gradient(leaf)
 
     def optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         """Its parameters, state and settings."""
-        self._package = ""
-        self._container(optimizer.__dict__, set())
+        self.held(optimizer.__dict__, own=frozenset())
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 self.values(parameter)
@@ -79,70 +76,110 @@ class Keep:
         leaf.grad = None
         self._undo.append(lambda: setattr(leaf, "grad", gradient))
 
-    def _container(self, container: Any, above: set[int]) -> None:
-        before = container.copy()
-        above = above | {id(container)}
-        for value in before.values() if isinstance(before, dict) else before:
-            kind = type(value)
-            if kind in _PLAIN:
-                continue
-            if kind in _CONTAINERS:
-                if not value:  # as hooks mostly are, of which a large model has ten thousands
-                    self._empty.append(value)
-                elif id(value) not in above:
-                    self._container(value, above)
-            elif isinstance(value, torch.Tensor):
-                if not isinstance(value, torch.nn.Parameter):
-                    self.values(value)
-            elif self._is_own(value) and id(value) not in self._saved:  # a cache of the model's own kind
-                self._saved.add(id(value))
-                self._container(value.__dict__, above)
+    def _wanted(self, leaf: torch.Tensor) -> None:
+        wanted = leaf.requires_grad
 
         def undo() -> None:
-            container.clear()
-            (container.extend if isinstance(container, list | deque) else container.update)(before)
+            if leaf.is_leaf and leaf.requires_grad != wanted:
+                leaf.requires_grad_(wanted)
 
         self._undo.append(undo)
 
-    def _is_own(self, value: Any) -> bool:
-        """Is it a plain object of a class from where the module's comes from?"""
-        return (
-            type(value).__module__.partition(".")[0] == self._package != "torch"
-            and type(getattr(value, "__dict__", None)) is dict
-            and not isinstance(value, torch.nn.Module)
-        )
+    def held(self, value: Any, *, own: Own) -> None:
+        """Whatever is found in a container or object: its items and attributes, and the values of those.
+
+        own: the packages whose objects are looked into; None: of what the caller gives, any but Python's and torch's.
+        """
+        stack = [(value, own)]
+        while stack:
+            value, own = stack.pop()
+            kind = type(value)
+            if kind in _PLAIN:
+                continue
+            if isinstance(value, torch.Tensor):
+                if not isinstance(value, torch.nn.Parameter):
+                    self.values(value)
+                continue
+            if kind in HELD and not value:  # as hooks mostly are, of which a large model has ten thousands
+                self._empty.append(value)
+                continue
+            if kind is tuple or (isinstance(value, tuple) and hasattr(kind, "_fields")):
+                stack += [(item, own) for item in value]
+                continue
+            within = own if kind in HELD else own_package(value, own)
+            if within is None and kind not in HELD:
+                undo = state_of(value)
+                if undo is not None:
+                    self._undo.append(undo)
+                continue
+            if (id(value), own) in self._saved:
+                continue
+            self._saved.add((id(value), own))
+            for part in (value, getattr(value, "__dict__", None)) if kind not in HELD else (value,):
+                if isinstance(part, tuple(HELD)):
+                    undo, items = put_back(part)
+                    self._undo.append(undo)
+                    stack += [(item, within) for item in items]
+            if kind not in HELD:
+                undo, items = slots_of(value)
+                self._undo.append(undo)
+                stack += [(item, within) for item in items]
 
     def values(self, tensor: torch.Tensor) -> None:
-        """Its elements, in place; and that it has no graph, where it had none."""
+        """Its elements, in place, and its shape; and that it has no graph, where it had none."""
         if tensor.is_leaf and (tensor.is_floating_point() or tensor.is_complex()):
             wanted = tensor.requires_grad
             self._undo.append(lambda: _cut(tensor, wanted))
         # By storage: whatever the type, overlaps included, and unseen by autograd, whose graphs may hold the tensor.
         try:
             storage = tensor.untyped_storage()
+            place = storage._cdata, tensor.storage_offset(), tuple(tensor.shape), tuple(tensor.stride())
         except (RuntimeError, NotImplementedError):  # sparse: written to by no operator in place
             return
+        self._undo.append(lambda: _place(tensor, storage, place))
         if storage.device.type == "meta" or storage._cdata in self._saved:
             return
         self._saved.add(storage._cdata)
         before = storage.clone()
-        self._undo.append(lambda: storage.copy_(before))
+
+        def undo() -> None:
+            if storage.nbytes() != before.nbytes():
+                storage.resize_(before.nbytes())
+            storage.copy_(before)
+
+        self._undo.append(undo)
 
     def restore(self) -> None:
-        """Put everything back, the latest first."""
+        """Put everything back, the latest first; all the rest also where one thing cannot be. Raises then."""
+        failed: Exception | None = None
         while self._undo:
-            self._undo.pop()()
+            try:
+                self._undo.pop()()
+            except Exception as error:
+                failed = failed or error
         for container in self._empty:
             container.clear()
         self._empty.clear()
         self._saved.clear()
+        if failed is not None:
+            raise failed
 
 
 def _cut(tensor: torch.Tensor, wanted: bool) -> None:
-    """A tensor that was written to in place is no result any more."""
+    """A tensor that was written to in place is no result any more, and wants a gradient as it did."""
     if tensor.grad_fn is not None and not tensor._is_view():  # torch cannot cut a view from what it was written with
         tensor.detach_().requires_grad_(wanted)
         tensor.grad = None
+    elif tensor.is_leaf and tensor.requires_grad != wanted:
+        tensor.requires_grad_(wanted)
+
+
+def _place(tensor: torch.Tensor, storage: torch.UntypedStorage, place: tuple[Any, ...]) -> None:
+    """A tensor that was resized, or given other data, lies again where it lay."""
+    _key, offset, shape, stride = place
+    now = tensor.untyped_storage()._cdata, tensor.storage_offset(), tuple(tensor.shape), tuple(tensor.stride())
+    if now != place:
+        tensor.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device).set_(storage, offset, shape, stride)
 
 
 def modules_within(*values: Any) -> list[torch.nn.Module]:
@@ -183,12 +220,13 @@ def preserved(
             keep.module(module)
         for tensor in tensors:
             keep.values(tensor)
+        keep.held(inputs, own=None)
         if optimizer is not None:
             keep.optimizer(optimizer)
         try:
             yield keep
         finally:
-            keep.restore()
             random.setstate(python_state)
             if numpy is not None:
                 numpy.random.set_state(numpy_state)
+            keep.restore()

@@ -14,10 +14,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from flopprof.counting import opaque
 from flopprof.counting.attribution import Frame, Names
+from flopprof.counting.foreign import SYMBOLIC, foreign, functional, symbolic
 from flopprof.counting.instrument import active, counter_types, installed
 from flopprof.counting.lines import line_now, remember_line, running_line
 from flopprof.counting.operands import Sources
-from flopprof.counting.operators import PRODUCT_NODES, Entry, Kind, entries, learn
+from flopprof.counting.operators import PRODUCT_NODES, Entry, Kind, entries, is_product, learn
 from flopprof.counting.tally import Tally, first_shape
 from flopprof.counting.unseen import OUTSIDE, Unseen, cached, passed_through, storages
 from flopprof.counting.whereabouts import Whereabouts
@@ -143,8 +144,11 @@ class FlopCounter(TorchDispatchMode):
     def __torch_dispatch__(  # noqa: PLR0915 - calls within would cost more than some of the operators
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        if types and _foreign(types):
-            return NotImplemented
+        if types:
+            if foreign(types):
+                return func(*args, **(kwargs or {})) if functional(types) else NotImplemented
+            if symbolic(args, kwargs):
+                return self._symbolic(func, args, kwargs or {})
         entry = self._entries.get(id(func)) or learn(func)
         if entry.silent:
             return entry.call(*args, **kwargs) if kwargs else entry.call(*args)
@@ -166,7 +170,7 @@ class FlopCounter(TorchDispatchMode):
                 frame, phase = self.where.backward(node)
                 if entry.derives and phase == "recompute":  # as it did when it was not yet a replay
                     self._sources.derive(args, out)
-                if entry.product and node.name() in PRODUCT_NODES and isinstance(args[1], _Tensor):
+                if entry.product and node.name() in PRODUCT_NODES and is_product(*args[:2]):
                     signed = self.identify(entry, args, kwargs)
                     self._count(entry, frame, phase, signed, args, kwargs, out, 2 * out.numel())
                     return out
@@ -182,6 +186,8 @@ class FlopCounter(TorchDispatchMode):
                 counts[key] += 1
             except KeyError:
                 counts[key] = 1
+            except TypeError:  # made of symbolic sizes
+                self.uncounted(entry.name, (), SYMBOLIC)
         elif kind is _COUNTED:
             try:
                 signed = self.identify(entry, args, kwargs)
@@ -207,6 +213,12 @@ class FlopCounter(TorchDispatchMode):
         if self.unseen.produced is not None and entry.makes_storage:
             self.unseen.saw(out)
         return out
+
+    def _symbolic(self, func: Any, args: Any, kwargs: Any) -> Any:
+        entry = self._entries.get(id(func)) or learn(func)
+        if entry.kind is not _FREE:
+            self.uncounted(entry.name, (), SYMBOLIC)
+        return func(*args, **kwargs)
 
     def identify(self, entry: Entry, args: Any, kwargs: Any) -> tuple[bool, tuple[Any, ...]]:
         """Whether a factor wants a gradient; and what tells this call from others.
@@ -328,6 +340,8 @@ class FlopCounter(TorchDispatchMode):
 
     def returned(self, frame: Frame, seen: int, inputs: Any, output: Any) -> None:
         """A module returned: note its output, and whether it came from outside the dispatcher."""
+        if torch._C._get_tracing_state() is not None:  # a size that is read would be an operator of the trace
+            return
         if self._sources.lazy:
             self._sources.settle()
         if frame.output_shape is None:
@@ -365,19 +379,6 @@ def region(name: str) -> Iterator[None]:
     finally:
         for counter, call in reversed(calls):
             counter.where.leave(call)
-
-
-def _foreign(types: Any) -> bool:
-    """Does a tensor subclass with its own dispatch take part? Then its inner operators are counted, not it."""
-    for cls in types:
-        dispatch = cls.__torch_dispatch__
-        if dispatch is not _plain_dispatch and cls is not _Tensor and cls.__name__ not in _SHAPES_ONLY:
-            return True
-    return False
-
-
-_plain_dispatch = torch._C._disabled_torch_dispatch_impl
-_SHAPES_ONLY = frozenset({"FakeTensor"})  # stands for a plain tensor: counted here, by its shapes
 
 
 def _checked(cost: Any) -> int:

@@ -281,7 +281,10 @@ def _held(module: torch.nn.Module) -> int:
 def _modules(frames: Iterable[Frame], model: torch.nn.Module | None) -> list[tuple[str, torch.nn.Module]]:
     """Every module once, under its first name."""
     roots = [("", model)] if model is not None else []
-    roots += [(frame.fqn, module) for frame in frames if frame.module is not None and (module := frame.module())]
+    for frame in frames:
+        module = frame.module() if frame.module is not None else None
+        if module is not None:  # never for truth: a compiled one has a length only where the original has
+            roots.append((frame.fqn, module))
     found: dict[int, tuple[str, torch.nn.Module]] = {}
     for fqn, root in roots:
         if id(root) not in found:

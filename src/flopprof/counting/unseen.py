@@ -7,10 +7,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.utils.checkpoint
 from torch.utils._pytree import tree_leaves
 
 OUTSIDE = "its output was produced outside the dispatcher"
 
+_Saved: Any = getattr(torch.utils.checkpoint, "_CachedTorchDispatchMode", ())
 _plain_dispatch = torch.Tensor.__torch_dispatch__
 
 
@@ -39,6 +41,7 @@ class Unseen:
         produced = self.produced or set()
         made = storages(output) - produced if output is not None else set()
         missing = bool(made and made - storages(inputs)) and not any(map(_is_wrapper, tree_leaves(inputs)))
+        missing = missing and not saved_by_policy()
         self.produced = token
         if token is not None:
             token |= made
@@ -79,8 +82,16 @@ def storages(tree: Any) -> set[int]:
     return found
 
 
+def saved_by_policy() -> bool:
+    """Is a checkpoint replayed whose policy saved some results? Then those come from where it keeps them."""
+    modes = (torch._C._get_dispatch_stack_at(index) for index in range(torch._C._len_torch_dispatch_stack()))
+    return any(isinstance(mode, _Saved) for mode in modes)
+
+
 def cached(output: Any) -> bool:
-    """Does a functools.lru_cache hold every tensor of this output? Then an earlier call made it, and none did now."""
+    """Did an earlier call make this output: one that a functools.lru_cache holds, or that a checkpoint saved?"""
+    if saved_by_policy():
+        return True
     leaves = [leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor)]
     return bool(leaves) and all(_is_cached(leaf, output) for leaf in leaves)
 
