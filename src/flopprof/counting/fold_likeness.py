@@ -21,6 +21,8 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from flopprof.counting.fold_state import slots_of, state_of
+
 _SCALARS = frozenset({
     type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size, torch.memory_format,
     torch.layout, type(Ellipsis), range, slice,
@@ -106,7 +108,7 @@ class Description:
             if size > _MOST_GLOBALS:
                 facts += (name, id(value), size)
             elif type(value) not in _PLAIN:  # an object that may count, or collect
-                facts += (name, id(value), _surface(value))
+                facts += (name, id(value), _surface(value), state_of(value))
             else:
                 self.value(value)
         children = held["_modules"]
@@ -197,7 +199,10 @@ class Description:
             facts.append(cls)
             self._attributes(value.__dict__)
         else:
-            facts.append(id(value))
+            facts += (id(value), state_of(value))
+            slots = slots_of(value)
+            if slots:
+                self._attributes(slots)
 
     def _attributes(self, held: dict[str, Any]) -> None:
         self.facts.append(len(held))
@@ -279,14 +284,16 @@ def _globals_of_class(cls: type) -> tuple[tuple[dict[str, Any], str], ...]:
 def _keeps(value: Any) -> bool:
     """Is it an object with attributes of its own, none of a language's or a library's fixtures?"""
     fixtures = type | nn.Module | ModuleType | FunctionType | BuiltinFunctionType | MethodType | logging.Logger
-    return type(getattr(value, "__dict__", None)) is dict and not isinstance(value, fixtures | weakref.ref)
+    if isinstance(value, fixtures | weakref.ref):
+        return False
+    return type(getattr(value, "__dict__", None)) is dict or state_of(value) is not None or bool(slots_of(value))
 
 
 def _surface(value: Any) -> tuple[Any, ...]:
     """The scalars that an object keeps, and how much else."""
     return tuple(
         (key, item if type(item) in _SCALARS else len(item) if type(item) in (list, dict, set, deque) else id(item))
-        for key, item in getattr(value, "__dict__", {}).items()
+        for key, item in {**getattr(value, "__dict__", {}), **slots_of(value)}.items()
     )
 
 
