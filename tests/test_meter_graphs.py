@@ -91,6 +91,7 @@ def test_what_was_told_apart_is_told_apart_by_the_next_process() -> None:
         for length in ROWS:
             step(meter, length)
         state = meter.state_dict()
+        assert meter.summary().notes[0].startswith("what a segment of the steps multiplies depends on what came before")
     with Meter(generator, discriminator) as meter:
         meter.load_state_dict(state)
         for length in (3, 10, 10, 3):

@@ -33,15 +33,16 @@ class Done:
     """A segment that is over: a place, and all of its integers. Its work may become known later.
 
     Numbers of nodes are among the integers as -1 - nodes, so that they can be told from sizes. plain: where all that
-    came before tells it apart, the same without that.
+    came before tells it apart, the same without that. context: what came before when it was counted.
     """
 
-    __slots__ = ("ints", "place", "plain", "work")
+    __slots__ = ("context", "ints", "place", "plain", "work")
 
     def __init__(self, place: Place, ints: Ints) -> None:
         self.place, self.ints = place, ints
         self.work: Work | None = None
         self.plain: Done | None = None
+        self.context: tuple[Done, ...] | None = None
 
 
 class Start:

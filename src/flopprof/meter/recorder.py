@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from flopprof.meter import notes
 from flopprof.meter.batches import Batches
 from flopprof.meter.between import Evaluations
 from flopprof.meter.compiling import compiled_call, hides_hooks
@@ -27,14 +28,6 @@ from flopprof.profile import Attention
 # The lists of the models' parameters are made anew after so many steps.
 _REFRESH = 256
 _grad_enabled = torch.is_grad_enabled
-_OUTSIDE = (
-    "a model is called inside a compiled function, where its inputs are not seen: use meter.track(loader), "
-    "meter.step(batch) or meter.wrap(step), whose arguments then tell steps apart."
-)
-_BYPASSED = (
-    "no model is called in the steps, but something of it (model.forward, model.loss), whose inputs are not seen: use "
-    "meter.track(loader), meter.step(batch) or meter.wrap(step), whose arguments then tell steps apart."
-)
 
 
 class Recorder:
@@ -385,14 +378,13 @@ class Recorder:
 
     def notes(self) -> Iterator[str]:
         """What a reader of the figures must know."""
+        tree, tracker = self.tracker.tree, self.tracker
         if self._unseen:
-            yield _OUTSIDE if self.opaque else _BYPASSED
+            yield notes.OUTSIDE if self.opaque else notes.BYPASSED
         if self._closures:
-            yield "what an optimizer with a closure multiplies itself depends on its state, and is in no count."
-        tree = self.tracker.tree
+            yield notes.CLOSURES
         yield from self._floats.notes(tree.start.children, tree.calls.children, tree.alone.children)
-        if self.tracker.corrections:
-            yield (
-                f"{self.tracker.corrections} counts differed from an earlier one of the same signature: work depends "
-                "on something that shapes do not tell; recount_every= narrows it down."
-            )
+        if tracker.widened:
+            yield notes.WIDENED
+        if tracker.corrections:
+            yield notes.CORRECTED.format(tracker.corrections)

@@ -68,6 +68,7 @@ class Tracker:
         self.whole = False  # this step is counted from its start on
         self.from_start = True  # the next step is counted from its start on
         self.late = False  # a call is seen where it is too late to count it: what it runs is compiled
+        self.widened = 0  # places that all that comes before in a step tells apart
         self.corrections = 0  # counts that showed an earlier count or form of the same segment to be wrong
         self.tree = Tree()
         self._steps = 0
@@ -246,11 +247,11 @@ class Tracker:
     # --- resuming ----------------------------------------------------------------------------------------------------
     def state(self) -> dict[str, Any]:
         """Everything counted, as plain values."""
-        return {"corrections": self.corrections, **self.tree.state()}
+        return {"corrections": self.corrections, "widened": self.widened, **self.tree.state()}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on from there."""
-        self.corrections = state["corrections"]
+        self.corrections, self.widened = state["corrections"], state.get("widened", 0)
         self._first = None
         self.from_start = self.tree.restore(state) <= 3
 
@@ -304,7 +305,9 @@ class Tracker:
         done = segment.end(made)
         self._graph = done if segment.start.place.recorded else segment.graph
         start = segment.start
+        wide = segment.start.place.wide
         done, before = self._trail.close(done, work)
+        self.widened += segment.start.place.wide and not wide
         if work is not None:
             start.ended.add(lead is not None)
             if before is not None:

@@ -5,6 +5,9 @@ from __future__ import annotations
 from flopprof.meter.places import Done, Place, number
 from flopprof.meter.work import Work
 
+# What came before is kept of steps of so many segments, at most.
+_MOST_BEFORE = 256
+
 
 class Trail(list[Done]):
     """The segments of one step, in order."""
@@ -26,7 +29,7 @@ class Trail(list[Done]):
         if work is not None:
             done, before = self._learn(done, work)
         elif done.place.wide:
-            done = self._after(done)
+            done = _after(done, self._context())
         self.append(done)
         return done, before
 
@@ -59,22 +62,25 @@ class Trail(list[Done]):
 
     def _learn(self, done: Done, work: Work) -> tuple[Done, Work | None]:
         """A count is true of this; the other one that was held true until now, if there was one."""
-        place, before = done.place, done.work
-        if len(self) and not place.wide and before is not None and before.flops != work.flops:
+        place, before, context, then = done.place, done.work, self._context(), done.context
+        if len(context) <= _MOST_BEFORE:
+            done.context = context
+        if not place.wide and before is not None and before.flops != work.flops and then not in (None, context):
             place.tell_apart(wide=True)
-            place.note(done.ints, work)
-            done = self._after(done)
-            done.place.learn(done, work)
-            return done, before
+            _after(done, then).place.learn(_after(done, then), before)
         if place.wide:
             place.note(done.ints, work)
-            done = self._after(done)
+            done = _after(done, context)
         return done, done.place.learn(done, work)
 
-    def _after(self, done: Done) -> Done:
-        """What is over, told by all that came before it: a graph that lives on behind another's backward pass, say."""
-        context = [other.plain or other for other in self]
-        place = done.place.child(("after", number(repr([other.place.name for other in context]))))
-        found = place.end((*(value for other in context for value in other.ints), *done.ints))
-        found.plain = done
-        return found
+    def _context(self) -> tuple[Done, ...]:
+        """All that came before in the step."""
+        return tuple([other.plain or other for other in self])
+
+
+def _after(done: Done, context: tuple[Done, ...]) -> Done:
+    """What is over, told by all that came before it: a graph that lives on behind another's backward pass, say."""
+    place = done.place.child(("after", number(repr([other.place.name for other in context]))))
+    found = place.end((*(value for other in context for value in other.ints), *done.ints))
+    found.plain = done
+    return found
