@@ -10,7 +10,7 @@ BYPASSED = (
 )
 WIDENED = (
     "what a segment of the steps multiplies depends on what came before in the step, and is told by that since it was "
-    "seen: earlier steps may be wrong."
+    "seen: earlier steps may be wrong; recount_every= narrows it down."
 )
 CLOSURES = "what an optimizer with a closure multiplies itself depends on its state, and is in no count."
 CORRECTED = (
