@@ -325,8 +325,8 @@ def test_control_c_ends_cleanly(tmp_path: Path) -> None:
     file.write_text("import time\nprint('started', flush=True)\ntime.sleep(60)\n")
     command = [sys.executable, "-m", "flopprof", "count", f"{file}:f"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "started\n"
+        assert process.stderr is not None
+        assert process.stderr.readline() == "started\n"
         process.send_signal(signal.SIGINT)
         _, stderr = process.communicate(timeout=30)
     assert process.returncode == 130

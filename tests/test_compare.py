@@ -8,6 +8,7 @@ import sys
 from collections import OrderedDict
 from fractions import Fraction
 
+import msgspec
 import pytest
 import torch
 from hypothesis import given
@@ -128,6 +129,15 @@ def test_a_baseline_of_other_phases_is_refused() -> None:
         Budget(baseline=trained).judge(flopprof.count(model, inputs))
     with pytest.raises(UsageError, match="--attention full"):
         Budget(baseline=net(3)).judge(net(3).with_attention("causal"))
+
+
+@pytest.mark.parametrize("what", ["samples", "tokens"])
+def test_a_baseline_of_other_inputs_is_refused(what: str) -> None:
+    eight, one = (msgspec.structs.replace(net(3), **{what: number}) for number in (8, 1))
+    with pytest.raises(UsageError, match=f"on 8 {what}, this count on 1"):
+        Budget(baseline=eight).judge(one)
+    assert not Budget(baseline=eight).judge(eight).excesses
+    assert not Budget(baseline=net(3)).judge(one).excesses  # made where neither was known
 
 
 def test_assert_flops() -> None:

@@ -496,3 +496,11 @@ def test_tables_fit_and_never_cut_a_number(three: Comparison, width: int) -> Non
 
 def test_a_ratio_that_is_not_a_number_never_comes_out(three: Comparison) -> None:
     assert all(value is None or math.isfinite(value) for name in FIGURES for value in three.ratios(name).values())
+
+
+def test_inputs_of_a_model_that_computes_nothing_keep_their_spaces() -> None:
+    found = compare({"idle": (nn.Identity(), torch.zeros(2, 3)), "net": (nn.Linear(3, 4), torch.zeros(5, 3))})
+    assert found["idle"].dtype == ""
+    compute = next(iter(tables(found)))
+    place = [column.head for column in compute.columns].index("Input")
+    assert [cells[place] for cells in compute.rows] == ["2x3 float32", "5x3"]

@@ -154,6 +154,12 @@ def test_a_mesh() -> None:
         (["gpt2", "--mesh", "tp=2"], "has no tensor parallel plan"),
         (["gpt2", "--mesh", "fsdp=2"], "cannot read 'fsdp=2' of the mesh"),
         (["gpt2", "--mesh", "pp=2", "--tp", "2"], "--tp and --pp are for plans without --mesh"),
+        (["gpt2", "--mesh", "pp=2", "--hardware", "H100"], "--hardware has no effect on --mesh: leave one"),
+        (["gpt2", "--mesh", "pp=2", "--tokens", "1e12"], "--tokens has no effect on --mesh"),
+        (["gpt2", "--mesh", "pp=2", "--context", "0"], "--context has no effect on --mesh"),
+        (["gpt2", "--micro-batches", "2"], "--micro-batches are those of --mesh"),
+        (["gpt2", "--published"], "MODEL has no effect on --published: leave one of them out."),
+        (["--published", "--pue", "1.0"], "--pue has no effect on --published"),
         (["resnet18", "--mesh", "cp=2"], "no decoder or encoder of a known shape"),
     ],
 )

@@ -88,3 +88,16 @@ def test_variants_last_when_the_model_must_run_on_the_cpu(tmp_path: Path) -> Non
     assert result.exit_code == 0, result.output
     terms = {term["name"]: term["flops"] for term in json.loads(result.stdout)["backward"]["terms"]}
     assert terms["frozen_weights"] == -2 * 2 * 8 * 16
+
+
+@pytest.mark.parametrize("net", ["torch.nn.Identity", "torch.nn.BatchNorm1d"])
+@pytest.mark.parametrize("phases", [[], ["--backward"]])
+def test_where_nothing_is_multiplied_there_is_nothing_to_reconcile(net: str, phases: list[str], tmp_path: Path) -> None:
+    file = tmp_path / "net.py"
+    file.write_text(f"import torch\ndef net():\n    return {net}(8)\n")
+    result = run(f"{file}:net", "--input", "2x8", *phases)
+    assert result.exit_code == 0, result.output
+    said = " ".join(result.stdout.split())
+    assert "nothing is multiplied, so there is nothing to reconcile" in said
+    assert "nan" not in said.split()
+    assert "too high" not in said

@@ -127,6 +127,18 @@ def test_a_script_that_never_trains_is_told_in_a_sentence() -> None:
     assert done.stderr.splitlines()[-1].startswith("no step was found: no torch optimizer stepped in this process.")
 
 
+def test_without_a_step_it_is_said_what_is_not_written() -> None:
+    Path("old.json").write_text("{}")
+    new = run("--json", "new.json", script("pass\n"))
+    assert new.exit_code == 0
+    assert new.stderr.splitlines()[-1] == f"flopprof: no step, so {str(Path('new.json').absolute())!r} is not written."
+    assert not Path("new.json").exists()
+    old = run("--json", "old.json", script("pass\n"))
+    assert old.stderr.splitlines()[-1].endswith("is not written; what is there is of an earlier run.")
+    assert Path("old.json").read_text() == "{}"
+    assert "no step, so nothing is written to standard output." in run("--json", "-", script("pass\n")).stderr
+
+
 def test_a_module_is_run_as_python_runs_it() -> None:
     Path("package").mkdir()
     Path("package/__init__.py").write_text("")

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from flopprof.cli.options import REPORT, AttentionPairs, Backward, Fold, Wanted, taken
-from flopprof.cli.output import STDOUT, console, progress, read_bytes, require_outputs, write_text
+from flopprof.cli.output import STDOUT, file_of, progress, read_bytes, require_outputs, show, write_text
 from flopprof.errors import OverBudget
 
 _BUDGET = "The budget"
@@ -69,7 +69,7 @@ def check(
     from flopprof.profile import Profile
     from flopprof.units import parse_count, parse_share
 
-    require_outputs(json=json, html=html)
+    require_outputs(file_of(wanted.target), wanted.routing, baseline, json=json, html=html)
     budget = Budget(
         max_flops=None if max_flops is None else parse_count(max_flops),
         max_params=None if max_params is None else parse_count(max_params),
@@ -89,7 +89,7 @@ def check(
     if STDOUT not in (json, html):
         from flopprof.report.verdict import render
 
-        console().print(render(verdict, heading=workload.describe()), crop=False)
+        show(render(verdict, heading=workload.describe()))
     if verdict.excesses:
         figures = ", ".join(dict.fromkeys(excess.figure for excess in verdict.excesses))
         raise OverBudget(f"{wanted.target} is over its budget: {figures}.")

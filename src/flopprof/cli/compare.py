@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from flopprof.cli.options import REPORT, RUN, AttentionPairs, Wanted, taken
-from flopprof.cli.output import STDOUT, console, progress, read_bytes, require_outputs, write_text
+from flopprof.cli.output import STDOUT, apart, console, file_of, progress, read_bytes, require_outputs, show, write_text
 from flopprof.errors import FlopprofError, UsageError
 
 if TYPE_CHECKING:
@@ -115,7 +115,7 @@ def compare(
 ) -> None:
     """Compare models, or variants of one: FLOPs, memory, sizes, accuracy, ideal and real latency, side by side."""
     files = _Files(json=json, csv=csv, markdown=markdown, html=html)
-    files.check()
+    files.check(*(file_of(typed.partition(" --")[0]) for typed in wanted.target), wanted.routing, resume=resume)
     with progress("Loading"):
         from flopprof.compare.run import Interrupted
         from flopprof.compare.run import compare as run
@@ -134,7 +134,7 @@ def compare(
                 targets[typed] = profile
     things = [one for thing in targets.values() for one in (thing if isinstance(thing, list) else [thing])]
     try:
-        with _bar(len(things)) as note:
+        with apart(), _bar(len(things)) as note:
             comparison = run(
                 things,
                 attention=attention,
@@ -166,9 +166,9 @@ class _Files:
     markdown: str | None
     html: str | None
 
-    def check(self) -> None:
-        """Raises UsageError for files that cannot be written, and for two that want standard output."""
-        require_outputs(json=self.json, csv=self.csv, markdown=self.markdown, html=self.html)
+    def check(self, *read: str | None, resume: str | None) -> None:
+        """Raises UsageError for files that cannot be written, two of one name, and those that are read."""
+        require_outputs(*read, json=self.json, csv=self.csv, markdown=self.markdown, html=self.html, resume=resume)
 
     def write(self, comparison: Comparison) -> None:
         """Write each file, and print the tables unless a file goes to standard output."""
@@ -186,7 +186,7 @@ class _Files:
 
             write_text(self.html, page(comparison))
         if STDOUT not in (self.json, self.csv, self.markdown, self.html):
-            console().print(render(comparison), crop=False)
+            show(render(comparison))
 
 
 def _saved(typed: str) -> Profile | None:

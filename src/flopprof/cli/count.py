@@ -9,7 +9,7 @@ import typer
 from flopprof.cli.files import Files
 from flopprof.cli.inference import Generation
 from flopprof.cli.options import AttentionPairs, Backward, Fold, Wanted, taken
-from flopprof.cli.output import console, progress
+from flopprof.cli.output import file_of, progress, show
 from flopprof.errors import UncountedOperators
 
 if TYPE_CHECKING:
@@ -50,6 +50,7 @@ def count(
     files: Files,
 ) -> None:
     """Count a model's FLOPs: by module, by operator, and in total. One multiply-add is 2 FLOPs."""
+    files.spare(file_of(wanted.target), wanted.routing)
     if generation.asked:
         generation.run(ctx, wanted, files, attention=attention, fold=fold, strict=strict)
         return
@@ -76,7 +77,7 @@ def count(
         report = render(
             profile, heading=heading, depth=depth, by=by, unit=unit, sources=sources, stored=workload.stored()
         )
-        console().print(report, crop=False)
+        show(report)
 
 
 def _sources(profile: Profile) -> dict[str, str]:

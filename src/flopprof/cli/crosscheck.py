@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from flopprof.cli.options import Backward, Wanted, taken
-from flopprof.cli.output import console, progress, require_writable, write_text
+from flopprof.cli.output import file_of, progress, require_outputs, show, write_text
 from flopprof.errors import EnginesDisagree
 
 _REPORT = "What is printed"
@@ -33,7 +33,7 @@ def crosscheck(
 
     Every difference is told by operator. Exits with 1 where flopprof's own engines disagree.
     """
-    require_writable(json)
+    require_outputs(file_of(wanted.target), wanted.routing, json=json)
     with progress(f"Cross-checking {wanted.target}"):
         from flopprof.crosscheck.check import crosscheck as check
 
@@ -44,7 +44,7 @@ def crosscheck(
     if json != "-":
         from flopprof.report.crosscheck import render
 
-        console().print(render(result), crop=False)
+        show(render(result))
     if not result.agree:
         modules = list(dict.fromkeys(found.module or "(root)" for found in result.disagreements))
         more = f" and {len(modules) - _NAMED} more" if len(modules) > _NAMED else ""

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 import typer
 
 from flopprof.cli.options import REPORT, Traceback
-from flopprof.cli.output import STDOUT, console, read_bytes, require_outputs, write_text
+from flopprof.cli.output import STDOUT, read_bytes, require_outputs, show, write_text
 from flopprof.errors import UsageError
 
 
@@ -43,7 +43,7 @@ def diff(
 ) -> None:
     """Show what changed between two profiles: totals, operators and modules, in FLOPs. Exit code 0 either way."""
     ctx.meta["flopprof.traceback"] = traceback
-    require_outputs(json=json, html=html)
+    require_outputs(before, after, json=json, html=html)
     if before == after == STDOUT:
         raise UsageError("both profiles are to come from standard input: give one of them as a file.")
     from flopprof.compare.difference import diff as compare
@@ -60,4 +60,4 @@ def diff(
     if STDOUT not in (json, html):
         from flopprof.report.difference import render
 
-        console().print(render(difference, rows=rows), crop=False)
+        show(render(difference, rows=rows))

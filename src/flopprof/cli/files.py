@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from flopprof.cli.options import REPORT
-from flopprof.cli.output import STDOUT, require_outputs, write_text
+from flopprof.cli.output import STDOUT, require_outputs, require_spared, write_text
 from flopprof.errors import UnknownDevice
 
 if TYPE_CHECKING:
@@ -38,6 +38,10 @@ class Files:
     def check(self) -> None:
         """Raises UsageError for files that cannot be written, and for two that want standard output."""
         require_outputs(**{field.name: getattr(self, field.name) for field in fields(self)})
+
+    def spare(self, *read: str | None) -> None:
+        """Raises UsageError for one in the place of a file that is read."""
+        require_spared(*read, **{field.name: getattr(self, field.name) for field in fields(self)})
 
     @property
     def take_stdout(self) -> bool:

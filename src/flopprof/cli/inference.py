@@ -9,7 +9,7 @@ import typer
 
 from flopprof.cli.files import Files
 from flopprof.cli.options import Wanted
-from flopprof.cli.output import STDOUT, console, progress, write_text
+from flopprof.cli.output import STDOUT, progress, show, write_text
 from flopprof.errors import UncountedOperators, UsageError
 
 if TYPE_CHECKING:
@@ -160,4 +160,4 @@ class Generation:
         if STDOUT not in (files.json, files.html):
             from flopprof.report.inference import render
 
-            console().print(render(found), crop=False)
+            show(render(found))

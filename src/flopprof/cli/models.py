@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from flopprof.cli.options import Traceback
-from flopprof.cli.output import console, require_writable, write_text
+from flopprof.cli.output import require_writable, show, write_text
 from flopprof.errors import UnknownTarget
 
 _REPORT = "What is printed"
@@ -63,4 +63,4 @@ def models(
             )
             for entry, cost in ((entry, entry.cost()) for entry in found)
         ]
-        console().print(render(lines), crop=False)
+        show(render(lines))

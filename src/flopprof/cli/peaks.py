@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from flopprof.cli.options import Traceback
-from flopprof.cli.output import console, require_writable, write_text
+from flopprof.cli.output import require_writable, show, write_text
 from flopprof.errors import NoPeak, UsageError
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ def _look_up(name: str | None, dtype: str | None, json: str | None) -> None:
             if dtype is None
             else render_dtype(devices, dtype)
         )
-        console().print(page, crop=False)
+        show(page)
 
 
 def _measure(name: str | None, dtypes: list[str] | tuple[str, ...], seconds: float, json: str | None) -> None:
@@ -120,7 +120,7 @@ def _measure(name: str | None, dtypes: list[str] | tuple[str, ...], seconds: flo
         document = {"schema": _SCHEMA, "measured": [_measured(each) for each in found]}
         write_text(json, json_module.dumps(document, indent=1, ensure_ascii=False))
     if json != "-":
-        console().print(render_measured(found, refused, [_known(each, name) for each in found]), crop=False)
+        show(render_measured(found, refused, [_known(each, name) for each in found]))
 
 
 def _tell(dtype: str, timing: Timing) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from flopprof.cli.options import Traceback
-from flopprof.cli.output import STDOUT, console, progress, require_outputs, write_text
+from flopprof.cli.output import STDOUT, file_of, progress, require_outputs, show, write_text
 from flopprof.errors import UsageError
 from flopprof.units import parse_count, parse_share
 
@@ -17,6 +18,12 @@ if TYPE_CHECKING:
 _MODEL, _RUN, _HARDWARE = "The model", "The run", "The hardware"
 _MEMORY, _SERVING, _REPORT = "Training memory", "Decoding", "What is printed"
 _BARE = {"tied", "gated"}
+
+# What makes a difference with --published, and with --mesh; --tp and --pp have a sentence of their own there.
+_OF_PUBLISHED = {"published", "json", "html", "traceback"}
+_OF_LAYOUT = {"micro_batch", "checkpointing", "zero", "tp", "sequence_parallel", "pp", "precision", "optimizer"}
+_OF_LAYOUT |= {"keep_scores", "dropout"}
+_OF_MESH = {"model", "seq", "mesh", "micro_batches", "json", "html", "traceback"} | _OF_LAYOUT
 
 
 def plan(
@@ -49,7 +56,7 @@ def plan(
     seq: Annotated[
         int | None,
         typer.Option(
-            help="Tokens of a text; default: 4096, or as far as the model reaches.",
+            help="Tokens of a text; default: 4096, with --mesh 512, or as far as the model reaches.",
             metavar="N",
             min=1,
             rich_help_panel=_MODEL,
@@ -198,10 +205,15 @@ def plan(
 ) -> None:
     """Plan training or serving: from some of model, tokens, FLOPs, devices, days, money and MFU, the rest."""
     ctx.meta["flopprof.traceback"] = traceback
-    require_outputs(json=json, html=html)
+    require_outputs(None if model is None else file_of(model), json=json, html=html)
     if published:
+        _require_effect(ctx, _OF_PUBLISHED, "--published")
         _published(json, html)
         return
+    if mesh is not None:
+        _require_effect(ctx, _OF_MESH, "--mesh")
+    elif micro_batches is not None:
+        raise UsageError("--micro-batches are those of --mesh: give it too, or leave them out.")
     from flopprof.plan.make import plan as make
     from flopprof.plan.memory import Layout
     from flopprof.plan.serving import Service
@@ -255,7 +267,16 @@ def plan(
     if STDOUT not in (json, html):
         from flopprof.report.plan import render
 
-        console().print(render(found), crop=False)
+        show(render(found))
+
+
+def _require_effect(ctx: typer.Context, known: Collection[str], of: str) -> None:
+    """Raises UsageError for what is given and makes no difference."""
+    for parameter in ctx.command.params:
+        source = ctx.get_parameter_source(str(parameter.name))
+        if parameter.name not in known and source is not None and source.name == "COMMANDLINE":
+            option = parameter.opts[0] if parameter.param_type_name == "option" else "MODEL"
+            raise UsageError(f"{option} has no effect on {of}: leave one of them out.")
 
 
 def _mesh(
@@ -297,7 +318,7 @@ def _mesh(
     if STDOUT not in (json, html):
         from flopprof.report.mesh import render
 
-        console().print(render(found), crop=False)
+        show(render(found))
 
 
 def _published(json: str | None, html: str | None) -> None:
@@ -314,7 +335,7 @@ def _published(json: str | None, html: str | None) -> None:
     if STDOUT not in (json, html):
         from flopprof.report.plan import render_runs
 
-        console().print(render_runs(runs()), crop=False)
+        show(render_runs(runs()))
 
 
 def _count(text: str | None) -> int | None:

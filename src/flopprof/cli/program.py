@@ -114,8 +114,8 @@ def end(ended: BaseException | None) -> NoReturn:
     raise SystemExit(_INTERRUPTED if isinstance(ended, KeyboardInterrupt) else 1)
 
 
-def say(text: str, stream: Any, descriptor: int) -> None:
-    """Writes to a stream as it was at the start; where the script closed it, to what is under it."""
+def say(text: str, stream: Any, descriptor: int) -> str:
+    """Writes to a stream as it was at the start; where the script closed it, to what is under it. Else: why not."""
     for current in (sys.stdout, sys.stderr):
         with contextlib.suppress(Exception):
             current.flush()
@@ -123,13 +123,18 @@ def say(text: str, stream: Any, descriptor: int) -> None:
         stream.write(text)
     except (AttributeError, ValueError, OSError):
         if stream is not None:
-            with (
-                contextlib.suppress(OSError),
-                open(descriptor, "w", encoding="utf-8", errors="backslashreplace", closefd=False) as under,
-            ):
-                under.write(text)
-    with contextlib.suppress(Exception):
+            try:
+                with open(descriptor, "w", encoding="utf-8", errors="backslashreplace", closefd=False) as under:
+                    under.write(text)
+            except OSError as error:
+                return error.strerror or str(error)
+    try:
         stream.flush()
+    except OSError as error:
+        return error.strerror or str(error)
+    except Exception:  # closed, or none: it was written to what is under it
+        pass
+    return ""
 
 
 def _told(ended: BaseException) -> BaseException:

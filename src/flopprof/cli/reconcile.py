@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from flopprof.cli.options import RUN, AttentionPairs, Backward, Wanted, taken
-from flopprof.cli.output import STDOUT, console, progress, require_outputs, write_text
+from flopprof.cli.output import STDOUT, file_of, progress, require_outputs, show, write_text
 
 _REPORT = "What is printed"
 
@@ -46,7 +46,7 @@ def reconcile(
     ] = None,
 ) -> None:
     """Tell why a model's FLOPs differ from 2 N T (forward) and 6 N T (training), to the last FLOP."""
-    require_outputs(json=json, html=html)
+    require_outputs(file_of(wanted.target), wanted.routing, json=json, html=html)
     with progress(f"Reconciling {wanted.target}"):
         workload = wanted.load()
         profile = workload.count(backward=backward or wanted.checkpointing, attention=attention)
@@ -61,4 +61,4 @@ def reconcile(
     if STDOUT not in (json, html):
         from flopprof.report.ledger import render
 
-        console().print(render(ledger, heading=f"{wanted.target}, {workload.describe()}"), crop=False)
+        show(render(ledger, heading=f"{wanted.target}, {workload.describe()}"))

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from flopprof.cli.options import Traceback
-from flopprof.cli.output import STDOUT, console, require_outputs, write_text
+from flopprof.cli.output import STDOUT, require_outputs, show, write_text
 
 _REPORT = "What is printed"
 
@@ -43,7 +43,7 @@ def report(
 ) -> None:
     """Sum up the steps that a run recorded: MFU, throughput, restarts, and where the time went."""
     ctx.meta["flopprof.traceback"] = traceback
-    require_outputs(json=json, html=html)
+    require_outputs(*files, json=json, html=html)
     import msgspec
 
     from flopprof.meter.runs import run_of
@@ -60,4 +60,4 @@ def report(
     if STDOUT not in (json, html):
         from flopprof.report.meter import render
 
-        console().print(render(runs), crop=False)
+        show(render(runs))

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from flopprof.cli.options import AttentionPairs, Traceback
-from flopprof.cli.output import STDOUT, require_outputs, require_writable, write_text
+from flopprof.cli.output import STDOUT, require_outputs, require_spared, require_writable, write_text
 from flopprof.cli.program import end, execute, of_file, of_module, say
 from flopprof.errors import FlopprofError, UsageError
 
@@ -26,6 +26,8 @@ _FIGURES = "What it is held against"
 _REPORT = "What is printed"
 _PATIENCE_S = 5.0
 _SCHEMA = "flopprof.summary/1"
+_RECORDS = "flopprof.run/"
+_LONGEST_START = 1 << 20
 
 
 def run(
@@ -100,15 +102,14 @@ def run(
         raise UsageError("--peak and --hardware both say what 100 % is: give one of them.")
     if html is not None and records is None:
         raise UsageError("--html draws what --records writes: give --records FILE too.")
-    require_outputs(json=json, html=html)
-    require_writable(records)
-    _require_apart(records=records, json=json, html=html)
+    require_outputs(records=records, json=json, html=html)
     program = (of_module if module else of_file)(script, arguments or [])
+    require_spared(program.about["__file__"], records=records, json=json, html=html)
     from flopprof.meter.ranks import path_of_rank, place_of_process
 
     rank, size = place_of_process()
     if records is not None:
-        require_writable(str(path_of_rank(records, rank, size)))
+        _require_records(str(path_of_rank(records, rank, size)), program.about["__file__"])
     given = _peak(peak, hardware)
     records, json, html = _absolute(records), _absolute(json, STDOUT), _absolute(html, STDOUT)
     report = _Report(script, "" if size == 1 else f"rank {rank}: ", records=records, json=json, html=html)
@@ -160,6 +161,8 @@ class _Report:
             return
         say(f"\nflopprof: {self._script}\n{found.nothing() if summary is None else summary}\n", self._errors, 2)
         json, html, records = self._json, self._html, self._records
+        if summary is None:
+            self._troubles += [_unwritten(path) for path in (json, html) if path is not None]
         if summary is not None and json is not None:
             self.attempt(lambda: self._put(json, _as_json(summary)))
         if summary is not None and html is not None and records is not None:
@@ -173,25 +176,47 @@ class _Report:
 
     def _put(self, path: str, text: str) -> None:
         if path == STDOUT:
-            say(f"{text}\n", self._output, 1)
+            why = say(f"{text}\n", self._output, 1)
+            if why:
+                raise FlopprofError(f"cannot write to standard output: {why}.")
         else:
             write_text(path, text)
+
+
+def _unwritten(path: str) -> str:
+    """What is said of a file that there is nothing to write into."""
+    if path == STDOUT:
+        return "no step, so nothing is written to standard output."
+    left = "; what is there is of an earlier run" if Path(path).exists() else ""
+    return f"no step, so {path!r} is not written{left}."
 
 
 def _absolute(path: str | None, *but: str) -> str | None:
     return path if path is None or path in but else str(Path(path).absolute())
 
 
-def _require_apart(**paths: str | None) -> None:
-    """Raises UsageError for one file under two options."""
-    named: dict[Path, str] = {}
-    for option, path in paths.items():
-        if path is None or path == STDOUT:
-            continue
-        file = Path(path).resolve()
-        other = named.setdefault(file, option)
-        if other != option and (file.is_file() or not file.exists()):
-            raise UsageError(f"--{other} and --{option} both name {path!r}: give each a file of its own.")
+def _require_records(path: str, script: str | None) -> None:
+    """Raises UsageError where no records can be appended to a rank's file: it is the script, or holds other things."""
+    require_writable(path)
+    require_spared(script, records=path)
+    file = Path(path)
+    if not file.is_file():
+        return
+    try:
+        with file.open("rb") as stream:
+            line = stream.readline(_LONGEST_START)
+    except OSError as error:
+        raise UsageError(f"cannot read {path!r}: {error.strerror or error}.") from error
+    import msgspec
+
+    from flopprof.meter.records import RunStart
+
+    try:
+        theirs = msgspec.json.decode(line, type=RunStart).schema.startswith(_RECORDS)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        theirs = line.startswith(b'{"started_at"') and not line.endswith(b"\n")  # torn: its process was killed
+    if line and not theirs:
+        raise UsageError(f"{path!r} is no file of records: give --records a file of its own.")
 
 
 def _as_json(summary: Summary) -> str:

@@ -79,7 +79,7 @@ class Budget(msgspec.Struct, frozen=True, kw_only=True):
         """Which limits the profile keeps, and which it breaks.
 
         What is uncounted breaks a limit of FLOPs: a lower bound proves nothing. Raises UsageError where the baseline
-        was counted by another convention, or in other phases.
+        was counted by another convention, in other phases, or on another number of samples or tokens.
         """
         flops, params = _own_flops(profile), _own_parameters(profile)
         pairs: list[tuple[Limit, Mapping[str, int]]] = []
@@ -129,6 +129,15 @@ def _comparable(baseline: Profile, profile: Profile) -> None:
             else "has no backward pass, this count one"
         )
         raise UsageError(f"the baseline {has}: count both with --backward, or neither.")
+    for what, then, now in (
+        ("samples", baseline.samples, profile.samples),
+        ("tokens", baseline.tokens, profile.tokens),
+    ):
+        if then is not None and now is not None and then != now:
+            raise UsageError(
+                f"the baseline was counted on {then} {what}, this count on {now}: count both on the same inputs "
+                "(--batch, --seq or --input)."
+            )
 
 
 def allowance(value: int, tolerance: Fraction | float) -> int:

@@ -42,7 +42,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
         """The row of it. A model that fails makes a row that says why; nothing is raised but Ctrl-C."""
         try:
             return row_of(self.load(), self.name, attention=self.attention, accuracy=published(self))
-        except Exception as error:  # a model's own code: one model that fails must not end the others
+        except (Exception, SystemExit) as error:  # a model's own code: one model that fails must not end the others
             logger.debug("%s failed", self.name, exc_info=True)
             return failed(self.name, error)
 
@@ -118,12 +118,12 @@ def _memory(workload: Workload, notes: list[str]) -> Memory | None:
     try:
         try:
             return training_memory(workload.model, workload.args, workload.kwargs)
-        except Exception:  # whatever a model raises without values
+        except (Exception, SystemExit):  # whatever a model raises without values
             if workload.on_cpu is None:
                 raise
             again = workload.on_cpu()
             return training_memory(again.model, again.args, again.kwargs)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         notes.append(f"no training memory: {type(error).__name__}: {first_line(error)}")
         return None
 

@@ -142,7 +142,7 @@ def _row(thing: Workload | Profile, name: str, attention: Attention) -> Row:
         if isinstance(thing, Profile):
             return row_of_profile(thing.with_attention(attention), name)
         return row_of(thing, name, attention=attention)
-    except Exception as error:  # one's own model may raise anything
+    except (Exception, SystemExit) as error:  # one's own model may raise anything
         return failed(name, error)
 
 
@@ -153,7 +153,7 @@ def _measure(slots: list[_Slot], progress: Progress | None) -> None:
             continue
         try:
             slot.measured = measure_latency(_with_values(slot, slot.row))
-        except Exception as error:  # out of memory, an operator that this device lacks
+        except (Exception, SystemExit) as error:  # out of memory, an operator that this device lacks
             text = str(error) if isinstance(error, FlopprofError) else f"{type(error).__name__}: {first_line(error)}"
             slot.measured = f"not measured: {text}"
         if progress is not None:

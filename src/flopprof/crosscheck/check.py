@@ -77,7 +77,7 @@ def _engine(
 ) -> tuple[Reading, list[Disagreement]]:
     try:
         profile = engine(backward=backward)
-    except Exception as error:  # what an engine cannot do must not keep the others from being compared
+    except (Exception, SystemExit) as error:  # what an engine cannot do must not keep the others from being compared
         return Reading(counter=name, own=True, absent=_said(error)), []
     theirs, ours = sheet_of(profile, backward=backward), rows_by_place(expected, backward=backward, recompute=False)
     reading = msgspec.structs.replace(
@@ -104,7 +104,7 @@ def _flop_counter_mode(workload: Workload, profile: Profile, *, backward: bool) 
     try:
         forward, behind = flop_counter_mode.totals(workload, backward=backward)
         sheet = flop_counter_mode.sheet(workload, backward=backward)
-    except Exception as error:  # whatever another tool raises is that tool's answer
+    except (Exception, SystemExit) as error:  # whatever another tool raises is that tool's answer
         return Reading(counter=name, absent=_said(error))
     ours = rows_by_place(profile, backward=backward, recompute=True)
     reading = _compared(name, sheet, ours, forward + (behind or 0))
@@ -123,7 +123,7 @@ def _fvcore(workload: Workload, profile: Profile) -> Reading:
                 return Reading(counter=name, macs=True, absent="it computes for real: leave --device out, or say cpu")
             workload = workload.on_cpu()
         sheet = fvcore.sheet(workload)
-    except Exception as error:  # as above
+    except (Exception, SystemExit) as error:  # as above
         return Reading(counter=name, macs=True, absent=_said(error))
     ours = rows_by_place(profile, backward=False, recompute=False)
     reading = _compared(name, sheet, ours, sheet.total())
@@ -158,7 +158,7 @@ def _compared(counter: str, theirs: Sheet, ours: Rows, total: int) -> Reading:
     )
 
 
-def _said(error: Exception) -> str:
+def _said(error: BaseException) -> str:
     """An error in one line, of a length that one reads."""
     text = first_line(error) if isinstance(error, FlopprofError) else f"{type(error).__name__}: {first_line(error)}"
     return textwrap.shorten(text, _LONGEST, placeholder=" ...")

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -16,6 +19,18 @@ from flopprof.models.workload import Workload
 def names_file(target: str) -> bool:
     """Whether the target is a saved program."""
     return target.endswith(".pt2")
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """torch logs what it could not load with a traceback; the error that it raises says it."""
+    logger = logging.getLogger("torch.export")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL + 1)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def load(target: str, request: Request) -> Workload:
@@ -40,7 +55,8 @@ def load(target: str, request: Request) -> Workload:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of versions, for programs that are to be run
         try:
-            program = torch.export.load(file)
+            with _silent():
+                program = torch.export.load(file)
         except Exception as error:  # zip, JSON, operators that are not registered
             raise ModelFailed(
                 f"{target} could not be loaded: {type(error).__name__}: {first_line(error)} "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from typing import Any
 
 import torch
 
-from flopprof.errors import UsageError
+from flopprof.errors import FlopprofError, UsageError
 
 INPUT_DTYPES = {
     str(dtype).removeprefix("torch."): dtype
@@ -29,6 +30,7 @@ INPUT_DTYPES = {
     )
 }
 MODEL_DTYPES = ("float32", "bfloat16", "float16", "float64")
+LARGEST = 2**63 - 1  # a size, or bytes, of a tensor
 _SEED = 0
 
 
@@ -67,9 +69,22 @@ def parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
 def make_input(spec: InputSpec, device: str, dtype: torch.dtype | None) -> torch.Tensor:
     """A tensor of that shape: normal where floating, zeros where not, without values on meta.
 
-    The values come from a generator of their own, so that no global random state moves.
+    The values come from a generator of their own, so that no global random state moves. Raises UsageError for what no
+    tensor can be, FlopprofError for what does not fit in memory.
     """
     kind = spec.dtype or dtype or torch.get_default_dtype()
+    described = f"an input of {'x'.join(map(str, spec.shape))} {str(kind).removeprefix('torch.')}"
+    if max(math.prod(spec.shape) * kind.itemsize, *spec.shape, 0) > LARGEST:
+        raise UsageError(f"{described} is larger than any tensor: give smaller sizes.")
+    try:
+        return _made(spec, device, kind)
+    except (RuntimeError, MemoryError) as error:
+        raise FlopprofError(
+            f"{described} cannot be made on {device}: {first_line(error)} Give smaller sizes, or --device meta."
+        ) from error
+
+
+def _made(spec: InputSpec, device: str, kind: torch.dtype) -> torch.Tensor:
     if device == "meta":
         return torch.empty(spec.shape, dtype=kind, device="meta")
     if not (kind.is_floating_point or kind.is_complex):

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from flopprof.errors import FlopprofError, ModelFailed, UsageError
-from flopprof.models.inputs import InputSpec, first_line, make_input
+from flopprof.models.inputs import LARGEST, InputSpec, first_line, make_input
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +60,9 @@ class Request:
             raise UsageError("both --image-size and --input were given: write the size into the shape of --input.")
         if self.attn not in (None, "sdpa", "eager", "flash"):
             raise UsageError(f"attn {self.attn!r} is none of sdpa, eager, flash.")
+        for option, size in (("--batch", self.batch), ("--image-size", self.image_size), ("--seq", self.seq)):
+            if size is not None and size > LARGEST:
+                raise UsageError(f"{option} {size} is larger than any tensor: give a smaller one.")
         kind = (self.device or "cpu").partition(":")[0]
         if kind not in ("meta", "cpu", "cuda"):
             raise UsageError(f"device {self.device!r} is none of meta, cpu, cuda.")
@@ -103,7 +106,7 @@ def _built_on_meta(build: Callable[[], nn.Module], name: str) -> nn.Module | Non
             return build()
     except FlopprofError:
         raise
-    except Exception as error:  # whatever a constructor raises without values; the CPU build tells real faults apart
+    except (Exception, SystemExit) as error:  # for want of values, perhaps; the CPU build tells real faults apart
         logger.debug("%s cannot be built on the meta device: %s", name, first_line(error))
         return None
 
@@ -115,7 +118,7 @@ def _blamed_on(name: str) -> Iterator[None]:
         yield
     except FlopprofError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ModelFailed(
             f"{name} could not be built: {type(error).__name__}: {first_line(error)} "
             "Check its arguments (--model-arg name=value), or see the whole error with --traceback."

@@ -102,7 +102,7 @@ class Workload:
                 routing=self.routing,
                 **self.kwargs,
             )
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             if isinstance(error, FlopprofError) and not isinstance(error, ValuesUnknown):
                 raise
             if self.on_cpu is not None and optimizer is None and self.routing is None and needs_values(error):
@@ -163,7 +163,7 @@ class Workload:
                     "expects (1x8:float32), or cast both with --dtype."
                 )
 
-    def _failure(self, error: Exception) -> ModelFailed:
+    def _failure(self, error: BaseException) -> ModelFailed:
         where = _innermost_module(self.model, error.__traceback__)
         inputs = describe_inputs(self.args, self.kwargs)
         if isinstance(error, ValuesUnknown):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import inf
 from typing import Any
 
 from flopprof.analytic import TransformerShape
@@ -72,12 +73,14 @@ def plan(
         "cost_usd": cost,
     }
     for name, value in (*given.items(), ("peak", peak), ("bandwidth", bandwidth), ("power_w", power_w)):
-        if value is not None and not value > 0:
+        if value is not None and not 0 < value < inf:
             raise UsageError(f"{name} must be positive, got {value:g}.")
     if mfu is not None and mfu > 1:
         raise UsageError(f"mfu is a fraction of the peak, at most 1, got {mfu:g}: write 40 % as 0.4.")
-    if pue < 1:
-        raise UsageError(f"pue is at least 1 (all power over that of the devices), got {pue:g}.")
+    if not 1 <= pue < inf:
+        raise UsageError(f"pue is at least 1, and finite (all power over that of the devices), got {pue:g}.")
+    if co2_kg_per_kwh is not None and not 0 <= co2_kg_per_kwh < inf:
+        raise UsageError(f"co2 is in kg a kWh, a number that is not negative, got {co2_kg_per_kwh:g}.")
     asked = {"model": model, "params": params, "shape": shape, "hardware": hardware, "peak": peak, **given}
     row = None if hardware is None else device(hardware)
     table = None if row is None else row.peak(dtype)

@@ -172,7 +172,8 @@ def _percent(row: Row) -> str:
 def _shapes(row: Row) -> str:
     """What it ran on, without its mode and the dtype that it computes in: `1x3x224x224`."""
     shapes, _, mode = row.inputs.removeprefix("input ").rpartition(", ")
-    return (shapes or mode).replace(f" {row.dtype}", "")
+    shown = shapes or mode
+    return shown.replace(f" {row.dtype}", "") if row.dtype else shown
 
 
 # --- how to read it -----------------------------------------------------------------------------

@@ -87,11 +87,16 @@ def verdict(ledger: Ledger) -> Iterator[tuple[str, str]]:
     if ledger.unit == "sample":
         yield "", "The model has no tokens: 2 N T is per sample, and reuse says how often weights are used in one."
     simple = factor * n * tokens
-    off = 100 * (simple / ledger.model_flops - 1) if ledger.model_flops else 0.0
+    kind = "training" if trained else "forward"
+    if not ledger.model_flops:
+        yield f"{factor} N T", format_flops(simple)
+        yield "this run", f"0 FLOPs of {kind}: nothing is multiplied, so there is nothing to reconcile"
+        return
+    off = 100 * (simple / ledger.model_flops - 1)
     direction = "high" if off >= 0 else "low"
     yield f"{factor} N T", f"{format_flops(simple)}: {abs(off):.1f} % too {direction} here"
-    kind = "training" if trained else "forward"
-    yield "this run", f"{format_flops(ledger.model_flops)} of {kind}: {ledger.factor:.3f} N T, not {factor} N T"
+    found = f"{ledger.factor:.3f} N T, not {factor} N T" if simple else f"all beyond {factor} N T, since N is 0"
+    yield "this run", f"{format_flops(ledger.model_flops)} of {kind}: {found}"
     if trained:
         yield from _others(ledger)
 
