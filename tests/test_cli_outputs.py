@@ -107,8 +107,15 @@ def shell(command: str, **environment: str) -> subprocess.CompletedProcess[bytes
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has it")
-@pytest.mark.parametrize("what", ["", "--json -"])
-@pytest.mark.parametrize(("where", "why"), [("> /dev/full", "No space left on device."), (">&-", "it is closed.")])
+@pytest.mark.parametrize(
+    ("where", "why", "what"),
+    [
+        ("> /dev/full", "No space left on device.", ""),
+        (">&-", "it is closed.", "--json -"),
+        pytest.param("> /dev/full", "No space left on device.", "--json -", marks=pytest.mark.nightly),
+        pytest.param(">&-", "it is closed.", "", marks=pytest.mark.nightly),
+    ],
+)
 def test_a_standard_output_that_takes_nothing_is_told_in_a_sentence(what: str, where: str, why: str) -> None:
     done = shell(f"{what} {where}")
     assert done.returncode == 1
@@ -117,6 +124,7 @@ def test_a_standard_output_that_takes_nothing_is_told_in_a_sentence(what: str, w
     assert done.stderr.count(b"\n") == 1
 
 
+@pytest.mark.nightly
 def test_files_on_standard_output_are_utf_8_and_tables_have_replacements() -> None:
     Path("net.py").write_text(NET.replace("Net", "N\u00e4t") + "Net = N\u00e4t\n", encoding="utf-8")
     whole = shell("--json -", PYTHONIOENCODING="ascii")
@@ -138,6 +146,7 @@ def test_a_program_that_cannot_be_loaded_is_one_sentence() -> None:
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has it")
+@pytest.mark.nightly
 def test_a_summary_that_standard_output_does_not_take_is_told_too() -> None:
     steps = "model(torch.ones(2, 4)).sum().backward(); optimizer.step(); optimizer.zero_grad()"
     Path("train.py").write_text(

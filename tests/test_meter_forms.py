@@ -143,7 +143,7 @@ def test_how_many_boxes_each_image_has_makes_no_difference() -> None:
 def test_where_it_does_nothing_wrong_is_told(cost: Cost) -> None:
     """In proportion to all boxes, or to those of the image with most (padded)."""
     chance = random.Random(1)
-    loop(cost, [tuple(chance.randint(1, 20) for _ in range(6)) for _ in range(150)])
+    loop(cost, [tuple(chance.randint(1, 20) for _ in range(6)) for _ in range(60)])
 
 
 def test_a_count_that_is_another_now_is_what_holds() -> None:

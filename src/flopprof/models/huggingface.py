@@ -29,7 +29,7 @@ from flopprof.models.hf_inputs import make_inputs
 from flopprof.models.hf_maker import Inputs
 from flopprof.models.hf_quantised import quantise
 from flopprof.models.hf_schemes import scheme_of
-from flopprof.models.inputs import samples_in, tokens_in
+from flopprof.models.inputs import TooLarge, samples_in, tokens_in
 from flopprof.models.request import Request, undisturbed_random_state
 from flopprof.models.safetensors_headers import Stored, read_directory
 from flopprof.models.workload import Workload
@@ -104,8 +104,10 @@ def _on(
                 if device != "meta" or request.device or not needs_values(error) or _bytes(model) > _MOST_REAL_BYTES:
                     raise
                 return _on("cpu", target, found, stored, facts, request)
-            except FlopprofError:
-                raise
+            except FlopprofError as error:
+                if not isinstance(error, TooLarge) or request.image_size or request.seq or (request.batch or 1) > 1:
+                    raise
+                raise ModelFailed(f"{target}: its config asks for inputs that cannot be made: {error}") from error
             except (RuntimeError, OverflowError, MemoryError) as error:  # sizes that no tensor has
                 raise ModelFailed(
                     f"{target}: its config asks for inputs that cannot be made: {reason(error)}"

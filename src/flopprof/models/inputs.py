@@ -31,6 +31,12 @@ INPUT_DTYPES = {
 }
 MODEL_DTYPES = ("float32", "bfloat16", "float16", "float64")
 LARGEST = 2**63 - 1  # a size, or bytes, of a tensor
+
+
+class TooLarge(UsageError):
+    """Sizes that no tensor has."""
+
+
 _SEED = 0
 
 
@@ -75,7 +81,7 @@ def make_input(spec: InputSpec, device: str, dtype: torch.dtype | None) -> torch
     kind = spec.dtype or dtype or torch.get_default_dtype()
     described = f"an input of {'x'.join(map(str, spec.shape))} {str(kind).removeprefix('torch.')}"
     if max(math.prod(spec.shape) * kind.itemsize, *spec.shape, 0) > LARGEST:
-        raise UsageError(f"{described} is larger than any tensor: give smaller sizes.")
+        raise TooLarge(f"{described} is larger than any tensor: give smaller sizes.")
     try:
         return _made(spec, device, kind)
     except (RuntimeError, MemoryError) as error:
