@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from flopprof import Meter
+from wrapped import Wrapper
 
 PER_ROW = 2 * 8 * 4
 
@@ -31,17 +32,6 @@ def test_the_step_of_an_optimizer_ends_an_evaluation() -> None:
         assert [record.step_time_s for record in meter.records] == [3.0] * 12
         assert [record.evaluation_s for record in meter.records] == [0.0, 0.0, 5.0] * 4
         assert meter.summary().signatures == 1
-
-
-class Wrapper(nn.Module):
-    """As DistributedDataParallel hands its inputs on."""
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module = module
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.module(x)
 
 
 def test_what_a_wrapper_holds_is_evaluated_in_the_very_step_that_is_counted() -> None:

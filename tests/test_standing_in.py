@@ -19,6 +19,7 @@ from torch import nn
 from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 from torch.overrides import TorchFunctionMode, resolve_name
 
+from doubling import Double
 from flopprof import FlopCounter
 
 FULL, CAUSAL = 2 * 2 * 5 * 5 * 8, 2 * 2 * 15 * 8
@@ -221,15 +222,6 @@ def test_a_call_wrapped_inside_a_counter_counts_once_in_the_next() -> None:
 
 
 def test_a_replaced_apply_of_functions_is_what_runs() -> None:
-    class Double(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
-            return x * 2
-
-        @staticmethod
-        def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
-            return gradient * 2
-
     x, original = torch.randn(2, 4), torch.autograd.Function.__dict__["apply"]
     torch.autograd.Function.apply = classmethod(lambda cls, *args: original.__get__(None, cls)(*args) * 3)
     with FlopCounter():

@@ -15,6 +15,7 @@ from functorch.compile import aot_function, aot_module, nop
 from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from doubling import Double
 from flopprof import FlopCounter
 from flopprof.counting.foreign import SYMBOLIC
 
@@ -92,15 +93,6 @@ def test_a_recorded_trace_passes_its_own_check(x: torch.Tensor) -> None:
 
 
 def test_a_recorded_trace_of_a_custom_function_reads_no_size(x: torch.Tensor) -> None:
-    class Double(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
-            return x * 2
-
-        @staticmethod
-        def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
-            return gradient * 2
-
     class Calls(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return Double.apply(x)

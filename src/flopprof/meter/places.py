@@ -163,6 +163,11 @@ class Place:
             self.children[structure] = found
         return found
 
+    @property
+    def apart(self) -> bool:
+        """Do events alone not tell what is multiplied here?"""
+        return self.ambiguous or self.wide
+
     def start(self, ints: Ints) -> Start:
         """A segment of these integers begins here, known or not."""
         if self.sight.blind:

@@ -210,8 +210,7 @@ class Tracker:
     def finish(self) -> tuple[Done, ...]:
         """The step is over: its segments. Their work is known then, but where one must be counted another time."""
         segment = self._segment
-        place = None if segment is None else segment.start.place
-        if self.counter is None and segment is not None and place and not (place.ambiguous or place.wide):
+        if self.counter is None and segment is not None and not segment.start.place.apart:
             done = segment.ends.get(0 if self.tree.sight.blind else _nodes_made() - self._made)
             if done is not None and done.work is not None:
                 segment.start.matched |= segment.start.known
@@ -305,9 +304,9 @@ class Tracker:
         done = segment.end(made)
         self._graph = done if segment.start.place.recorded else segment.graph
         start = segment.start
-        wide = segment.start.place.wide
+        wide = start.place.wide
         done, before = self._trail.close(done, work)
-        self.widened += segment.start.place.wide and not wide
+        self.widened += start.place.wide and not wide
         if work is not None:
             start.ended.add(lead is not None)
             if before is not None:
