@@ -12,8 +12,6 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
-import torch
-
 from flopprof.counting.imports import WhenImported, replaced
 
 
@@ -41,35 +39,3 @@ def compiling_higher_order() -> bool:
     """
     utils = sys.modules.get("torch._higher_order_ops.utils")
     return bool(getattr(getattr(utils, "_hop_compile_tls", None), "in_hop_compile", False))
-
-
-class UncompiledCall:
-    """In place of Module._compiled_call_impl, which `module.compile()` sets: None in a thread that counts.
-
-    What is compiled there is the bound `_call_impl` of that time: run eagerly, it would pass by our own. No property,
-    since TorchScript compiles the properties of a module.
-    """
-
-    def __init__(self, counting: Callable[[], Any]) -> None:
-        self._counting = counting
-
-    def __get__(self, module: torch.nn.Module | None, owner: type | None = None) -> Any:
-        compiled = None if module is None else module.__dict__.get("_compiled_call_impl")
-        if compiled is None or torch.compiler.is_compiling() or compiling_higher_order() or not self._counting():
-            return compiled
-        return None
-
-    def __set__(self, module: torch.nn.Module, compiled: Any) -> None:
-        module.__dict__["_compiled_call_impl"] = compiled
-
-    def __delete__(self, module: torch.nn.Module) -> None:
-        module.__dict__.pop("_compiled_call_impl", None)
-
-
-def compile_with(call: Callable[..., Any]) -> Callable[..., None]:
-    """In place of Module.compile: what is compiled is torch's own call, which outlives the counter."""
-
-    def compile(self: torch.nn.Module, *args: Any, **kwargs: Any) -> None:
-        self._compiled_call_impl = torch.compile(call.__get__(self), *args, **kwargs)
-
-    return compile

@@ -25,7 +25,8 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 from flopprof.counting.attend import Attention
 from flopprof.counting.closures import Closure, find
-from flopprof.counting.compiled import UncompiledCall, compile_with, run_eagerly
+from flopprof.counting.compiled import run_eagerly
+from flopprof.counting.in_place import UncompiledCall, kept
 from flopprof.counting.sharding import unseen_sharding
 from flopprof.counting.unseen import OUTSIDE, follow
 
@@ -273,10 +274,10 @@ class _Installed:
     def _install(self) -> None:
         left: list[bool] = []
         self._undo.append(lambda: left.append(True))
-        call = torch.nn.Module._call_impl
-        self._replace(torch.nn.Module, "_call_impl", module_call(call, left))
+        self._undo.append(kept.release)
+        kept.acquire()
+        self._replace(torch.nn.Module, "_call_impl", module_call(torch.nn.Module._call_impl, left))
         self._replace(torch.nn.Module, "_compiled_call_impl", UncompiledCall(active))
-        self._replace(torch.nn.Module, "compile", compile_with(call))
         for change in (run_eagerly(active), unseen_sharding(active)):
             self._undo.append(change.remove)
             change.install()

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from flopprof.counting.in_place import compiled_in_place
+
 
 def compiled_call() -> tuple[bool, bool]:
     """Of the call that a hook tells of in a step that is counted: (is it that of a compiled model, is it inside more?)
@@ -67,4 +69,4 @@ def compiled_within(module: torch.nn.Module) -> bool:
         return False
     wrapped = sys.modules["torch._dynamo.eval_frame"].OptimizedModule
     parts = module.modules()
-    return any(isinstance(part, wrapped) or part.__dict__.get("_compiled_call_impl") is not None for part in parts)
+    return any(isinstance(part, wrapped) or compiled_in_place(part) is not None for part in parts)

@@ -11,7 +11,6 @@ import torch
 
 from flopprof.meter.compiling import compiled_within
 from flopprof.meter.signature import Root
-from flopprof.meter.watching import made_silent
 
 
 class Roots(list[Root]):
@@ -47,6 +46,15 @@ class Roots(list[Root]):
         """It sees them no more."""
         while self._handles:
             self._handles.pop().remove()
+
+
+def silent(*_: Any) -> None:
+    """What a copied or unpickled model has in the place of a meter's hook."""
+
+
+def made_silent() -> Any:
+    """What copying and unpickling call."""
+    return silent
 
 
 class _Inside:

@@ -182,6 +182,13 @@ def _plain(key: str, value: Any) -> bool:
     return key != "training" and isinstance(value, bool | int | float | str | None)
 
 
+class _Nothing:
+    """Is called in the place of a module whose call is seen by a hook."""
+
+    @staticmethod
+    def _call_impl(*_args: Any, **_kwargs: Any) -> None: ...
+
+
 class Finder:
     """Gives a recorder the roots as they are found, each under a number that is its own as long as it lives."""
 
@@ -196,7 +203,7 @@ class Finder:
         roots = self._recorder._roots
         if number is None or roots[number].module is not module:
             number = self._number(module)
-        self._before[number](module, args, kwargs)
+        self._before[number](*args, **kwargs)
 
     def _number(self, module: torch.nn.Module) -> int:
         roots = self._recorder._roots
@@ -210,7 +217,7 @@ class Finder:
             found.trained = roots[number].trained
             roots[number] = found
         self._numbers[id(module)] = number
-        self._before[number] = Before(self._recorder, found)
+        self._before[number] = Before(self._recorder.repeat, found, _Nothing)
         if compiled_within(module) or isinstance(module, CompiledFunction):
             self._recorder.tracker.lose_sight()
         return number

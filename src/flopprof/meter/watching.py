@@ -23,6 +23,7 @@ from torch.nn.modules.module import (
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from flopprof.counting.imports import WhenImported, replaced
+from flopprof.counting.in_place import Watcher, leave, past, watch
 from flopprof.counting.instrument import StandIn
 from flopprof.meter.signature import MAY_TELL_BOUNDARIES, Root, tells_boundaries, wants
 from flopprof.meter.steps import Repeat
@@ -63,34 +64,27 @@ class Listener(Protocol):
 _repeats: tuple[Repeat, ...] = ()
 
 
-def silent(*_: Any) -> None:
-    """What a copied or unpickled model has in the place of a meter's hook."""
+class Before(Watcher):
+    """What stands before the calls of one model, or of a module that was found, and tells a meter of them.
 
+    callee: whose `_call_impl` is called then.
+    """
 
-def made_silent() -> Any:
-    """What copying and unpickling call."""
-    return silent
+    __slots__ = ("_callee", "_repeat", "_root")
 
+    def __init__(self, repeat: Repeat, root: Root, callee: Any) -> None:
+        super().__init__()
+        self._repeat, self._root, self._callee = repeat, root, callee
 
-class Before:
-    """The forward pre-hook of one model; copies of the model, and pickles, get one that does nothing."""
-
-    __slots__ = ("_repeat", "_root")
-
-    def __init__(self, listener: Listener, root: Root) -> None:
-        self._repeat, self._root = listener.repeat, weakref.ref(root)
-
-    def __call__(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """Tells the meter, unless this runs in another thread, in a backward, in a copy, or is being compiled.
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The call's result; the meter is told, unless this runs in another thread, or in a backward.
 
         It runs at every call of a model, and is one function for that.
         """
-        if _compiling():
-            return
-        repeat, root = self._repeat, self._root()
+        repeat, root = self._repeat, self._root
         thread = repeat.thread
-        if (thread and thread != _thread()) or root is None or _node() is not None or root.module is not module:
-            return
+        if (thread and thread != _thread()) or _node() is not None:
+            return past(self, self._callee)(*args, **kwargs)
         parts: list[Any] | None = None
         if thread and len(args) <= root.bounds_at:
             if root.stale:
@@ -99,7 +93,7 @@ class Before:
             parts = [
                 0 if repeat.blind else _nodes_made() - repeat.made,
                 root.index,
-                module.training,
+                root.module.training,
                 root.shaped
                 if not _grad_enabled()
                 else root.number
@@ -134,18 +128,28 @@ class Before:
                 parts = None
             if repeat.on and parts == repeat.events[repeat.at]:
                 repeat.at += 1
-                return
-        listener = repeat.listener()
-        if listener is not None:
-            listener.called(root, parts, args, kwargs)
+                behind = self.behind
+                return self._callee._call_impl(*args, **kwargs) if behind is None else behind(*args, **kwargs)
+        _tell(repeat, root, parts, args, kwargs)
+        return past(self, self._callee)(*args, **kwargs)
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return made_silent, ()
+    def twin(self) -> Before:
+        """Another one that tells the same."""
+        return Before(self._repeat, self._root, self._callee)
 
 
-# Hooks of a compiled model run while the compiler looks for frames to compile: these are none.
-_SKIP = _eval_frame._FrameExecStrategy(_eval_frame._FrameAction.SKIP, _eval_frame._FrameAction.SKIP)
-_eval_frame.set_code_exec_strategy(Before.__call__.__code__, _SKIP)
+def _tell(repeat: Repeat, root: Root, parts: list[Any] | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    listener = repeat.listener()
+    if listener is not None:
+        listener.called(root, parts, args, kwargs)
+
+
+# A compiled model is called while the compiler looks for frames to compile: these are none, nor what they call; but
+# what is called past the first is the model.
+_LOOK, _SKIP = _eval_frame._FrameAction.DEFAULT, _eval_frame._FrameAction.SKIP
+_eval_frame.set_code_exec_strategy(Before.__call__.__code__, _eval_frame._FrameExecStrategy(_SKIP, _LOOK))
+for _function in (_tell, past, tells_boundaries, Root.refresh, Root.wanted, Root.cast):
+    _eval_frame.set_code_exec_strategy(_function.__code__, _eval_frame._FrameExecStrategy(_SKIP, _SKIP))
 
 
 class _Engine(StandIn):
@@ -278,17 +282,23 @@ class _Instruments:
 instruments = _Instruments()
 
 
+# What stands where; a finalizer keeps it, which is why it keeps neither.
+_Standing = tuple[weakref.ref[torch.nn.Module], weakref.ref[Before]]
+
+
 class Watch:
-    """The hooks of one meter: on its models, and process-wide from its first step on, until it is removed or gone."""
+    """What one meter has on its models, and process-wide from its first step on, until it is removed or gone."""
 
     def __init__(self) -> None:
-        self._handles: list[Any] = []
+        self._standing: list[_Standing] = []
         self._release: weakref.finalize[Any, Any] | None = None
-        self._forget = weakref.finalize(self, _remove, self._handles)
+        self._forget = weakref.finalize(self, _remove, self._standing)
 
     def add(self, listener: Listener, root: Root) -> None:
         """See calls of this model."""
-        self._handles.append(root.module.register_forward_pre_hook(Before(listener, root), with_kwargs=True))
+        before = Before(listener.repeat, root, root.module)
+        watch(root.module, before)
+        self._standing.append((weakref.ref(root.module), weakref.ref(before)))
 
     @property
     def begun(self) -> bool:
@@ -322,6 +332,7 @@ def _end(repeat: Repeat) -> None:
     instruments.release()
 
 
-def _remove(handles: list[Any]) -> None:
-    while handles:
-        handles.pop().remove()
+def _remove(standing: list[_Standing]) -> None:
+    while standing:
+        module, before = standing.pop()
+        leave(module(), before())

@@ -1,0 +1,193 @@
+"""What stands before a module's own call: what `module.compile()` made of it, and who watches it.
+
+torch asks each module at every call for `_compiled_call_impl`, and calls that instead if there is one. Who stands there
+sees each call, of a module compiled in place too, outside of what was compiled; compilers do not look at it, and copies
+and pickles of the module leave it out. A hook would make torch go through every kind of hook there is, which takes ten
+times as long; and it would run inside the compiled call, where it is too late to count one.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from flopprof.counting.compiled import compiling_higher_order
+from flopprof.counting.imports import replaced
+
+_NAME = "_compiled_call_impl"
+
+
+class Watcher:
+    """Stands before the call of one module: of a kind that is called as the module is, and goes on `past` itself."""
+
+    __slots__ = ("__weakref__", "behind")
+
+    def __init__(self) -> None:
+        self.behind: Any = None  # another one, or what is compiled; None: the module's own call
+
+    def __bool__(self) -> bool:
+        """Is anything compiled there? So do others ask who want to know whether the module is."""
+        return bool(self.behind)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(None), ()
+
+    def twin(self) -> Watcher:
+        """Another one that tells the same."""
+        raise NotImplementedError
+
+    def eagerly(self) -> Watcher:
+        """One that tells the same of the module's own call, though that is compiled."""
+        if not self:
+            return self
+        twin = self.twin()
+        twin.behind = _eager(self.behind)
+        return twin
+
+
+def past(watcher: Watcher, module: torch.nn.Module) -> Callable[..., Any]:
+    """What a watcher calls when it has told of the call: where this thread is counted by then, nothing compiled."""
+    behind = watcher.behind
+    if behind is not None:
+        standing = vars(torch.nn.Module)[_NAME]
+        if isinstance(standing, UncompiledCall) and standing.applies():
+            behind = _eager(behind)
+    return module._call_impl if behind is None else behind
+
+
+def watch(module: torch.nn.Module, watcher: Watcher) -> None:
+    """From now on it stands before the module's call."""
+    kept.acquire()
+    watcher.behind = module.__dict__.get(_NAME)
+    module.__dict__[_NAME] = watcher
+
+
+def leave(module: torch.nn.Module | None, watcher: Watcher | None) -> None:
+    """No more. None: it is gone."""
+    kept.release()
+    standing: Any = None if module is None else module.__dict__.get(_NAME)
+    before = None
+    while isinstance(standing, Watcher) and standing is not watcher:
+        before, standing = standing, standing.behind
+    if module is None or watcher is None or standing is not watcher:  # somebody took all of them away
+        return
+    if before is not None:
+        before.behind = watcher.behind
+    else:
+        _put(module, watcher.behind)
+
+
+def watches(module: torch.nn.Module, watcher: Watcher) -> bool:
+    """Does it stand there still? Whoever sets torch's attribute takes it away."""
+    standing = module.__dict__.get(_NAME)
+    while isinstance(standing, Watcher) and standing is not watcher:
+        standing = standing.behind
+    return standing is watcher
+
+
+def compiled_in_place(module: torch.nn.Module) -> Any:
+    """What `module.compile()` made; None where it was not compiled."""
+    standing = module.__dict__.get(_NAME)
+    while isinstance(standing, Watcher):
+        standing = standing.behind
+    return standing
+
+
+def _eager(behind: Any) -> Watcher | None:
+    return behind.eagerly() if isinstance(behind, Watcher) else None
+
+
+def _put(module: torch.nn.Module, standing: Any) -> None:
+    if standing is None:
+        module.__dict__.pop(_NAME, None)
+    else:
+        module.__dict__[_NAME] = standing
+
+
+def _put_compiled(module: torch.nn.Module, compiled: Any) -> None:
+    """Behind those who watch."""
+    standing = module.__dict__.get(_NAME)
+    if not isinstance(standing, Watcher):
+        _put(module, compiled)
+        return
+    while isinstance(standing.behind, Watcher):
+        standing = standing.behind
+    standing.behind = compiled
+
+
+class UncompiledCall:
+    """In place of Module._compiled_call_impl while a counter is open: in a thread that counts, nothing is compiled.
+
+    What is compiled there is the bound `_call_impl` of that time: run eagerly, it would pass by our own. No property,
+    since TorchScript compiles the properties of a module.
+    """
+
+    def __init__(self, counting: Callable[[], Any]) -> None:
+        self._counting = counting
+
+    def applies(self) -> bool:
+        """Does the thread that asks count?"""
+        return not torch.compiler.is_compiling() and not compiling_higher_order() and bool(self._counting())
+
+    def __get__(self, module: torch.nn.Module | None, owner: type | None = None) -> Any:
+        standing = None if module is None else module.__dict__.get(_NAME)
+        return standing if standing is None or not self.applies() else _eager(standing)
+
+    def __set__(self, module: torch.nn.Module, compiled: Any) -> None:
+        _put_compiled(module, compiled)
+
+    def __delete__(self, module: torch.nn.Module) -> None:
+        _put_compiled(module, None)
+
+
+class _Kept:
+    """What keeps watchers where they are, and who is compiled behind them: there while anybody watches or counts."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self._users = 0
+        self._undo: list[Callable[[], object]] = []
+
+    def acquire(self) -> None:
+        with self._lock:
+            self._users += 1
+            if self._users == 1:
+                module = torch.nn.Module
+                self._undo = [
+                    replaced(module, "compile", _compile_behind(module._call_impl)),
+                    replaced(module, _REPLICATE, _replicate_alone(getattr(module, _REPLICATE))),
+                ]
+
+    def release(self) -> None:
+        with self._lock:
+            self._users -= 1
+            if self._users == 0:
+                while self._undo:
+                    self._undo.pop()()
+
+
+kept = _Kept()
+_REPLICATE = "_replicate_for_data_parallel"
+
+
+def _compile_behind(call: Callable[..., Any]) -> Callable[..., None]:
+    """In place of Module.compile: what is compiled is torch's own call, which outlives a counter."""
+
+    def compile(self: torch.nn.Module, *args: Any, **kwargs: Any) -> None:
+        _put_compiled(self, torch.compile(call.__get__(self), *args, **kwargs))
+
+    return compile
+
+
+def _replicate_alone(original: Callable[..., Any]) -> Callable[..., Any]:
+    """In place of what copies all that a module has, for DataParallel: a copy's call is nobody's else."""
+
+    def _replicate_for_data_parallel(self: torch.nn.Module) -> Any:
+        replica = original(self)
+        _put(replica, compiled_in_place(self))
+        return replica
+
+    return _replicate_for_data_parallel
