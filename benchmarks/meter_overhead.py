@@ -2,8 +2,8 @@
 
     python benchmarks/meter_overhead.py [--rounds 60] [--seed 0] [--compile inductor]
 
-All run interleaved in one process, in random order each round. The Meter, and the empty hooks that no meter can do
-without, are on one of two copies of the model and then on the other; steps of the two take turns, and their median
+All run interleaved in one process, in random order each round. The Meter, and empty hooks for the same events, which
+is the least that a meter made of hooks costs, are on one of two copies of the model and then on the other; steps of the two take turns, and their median
 difference is told: where the copies lie in memory makes more of a difference than the Meter does.
 The others take blocks of steps to themselves. Each round gives a ratio to the bare steps of the same round; the median
 is printed, and the middle half. Goal: metered at most 1.005x of bare for steps of 5 ms and more, 1.02x for 0.5 ms,
@@ -49,6 +49,15 @@ def bare(step: Step) -> Variant:
     return lambda: contextlib.nullcontext(step)
 
 
+def within(step: Step) -> Step:
+    """The step, called by a function, as each of those is that it is held against."""
+
+    def call() -> None:
+        step()
+
+    return call
+
+
 class _Forwarding(StandIn):
     """The autograd engine, called through Python."""
 
@@ -57,7 +66,7 @@ class _Forwarding(StandIn):
 
 
 def empty_hooks(step: Step, model: torch.nn.Module) -> Variant:
-    """What sees calls, backward passes, optimizer steps and the time, and does nothing: the least any meter costs."""
+    """What sees calls, backward passes, optimizer steps and the time, and does nothing, made of hooks."""
 
     @contextlib.contextmanager
     def variant() -> Iterator[Step]:
@@ -182,7 +191,7 @@ def measure(variants: Variants, rounds: int, steps: int) -> Times:
             both = []
             for variant, other in zip(variants.pairs[name], reversed(variants.bare), strict=True):
                 with variant() as step:
-                    both.append(paired(step, other, steps))
+                    both.append(paired(step, within(other), steps))
             seconds, bare_seconds = map(statistics.mean, zip(*both, strict=True))
             times[name].append((seconds, bare_seconds))
         names = ["bare", *variants.blocks] if i % 4 == 0 else ["bare"]

@@ -156,7 +156,7 @@ class Place:
                 over=(self.over or backward) and not told,
                 told=told,
             )
-            found.plain = structure[2][1:] == (False,) if backward else type(next(iter(structure), None)) is int
+            found.plain = not structure[3] if backward else type(next(iter(structure), None)) is int
             found.opens = structure[:1] != ("optimizer",)
             self.ambiguous |= structure[:1] == ("again",)
             self.wide |= structure[:1] == ("after",)

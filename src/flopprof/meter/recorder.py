@@ -235,7 +235,13 @@ class Recorder:
         for root in self._roots:
             if id(module) in root.parts:
                 root.stale = self._rebuilt = True
+                root.fresh = False
                 self.repeat.left = min(self.repeat.left, 0)
+
+    def frozen(self) -> None:
+        """A parameter was frozen, or thawed."""
+        for root in self._roots:
+            root.fresh = False
 
     def called(self, root: Root, parts: list[Any] | None, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """A model is called. parts: the nodes so far, and what tells this call apart, where that is plain."""
@@ -280,6 +286,7 @@ class Recorder:
         assert step is not None
         shaped = root.shaped
         root.refresh()
+        root.renew()
         if root.shaped != shaped:  # nobody told of that: the event is of what it was
             event = None
         structure, ints = arguments(args, kwargs, root.flash, root.names)
@@ -287,9 +294,9 @@ class Recorder:
             root.index,
             root.module.training,
             grad,
-            root.wanted() if grad else root.shaped,
+            root.number if grad else root.shaped,
             root.cast(),
-            root.weight(),
+            None if root.first is None else root.first.dtype,
         )
         known = self.tracker.tree.calls if grad else self.tracker.tree.alone
         structure = self._floats.told((*about, *structure), known.children)
@@ -337,7 +344,7 @@ class Recorder:
             return  # a compiler differentiates what it compiles
         step = self.at_length()
         self._note(parts)
-        event = (*parts[1:4], self._roots.placed(parts[4])) if parts[4] else parts[1:]
+        event = (*parts[1:5], self._roots.placed(parts[5])) if parts[5] else parts[1:]
         if self.known(event) is None:
             self._moments = None
             if self._span is None and self.tracker.backward(event) and step is not None:

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch.nn.parameter import is_lazy
 
+from flopprof.meter.freezing import seen
 from flopprof.meter.padding import Padding
 from flopprof.meter.places import number
 
@@ -31,7 +32,7 @@ _PLAIN = (bool, type(None), torch.dtype, torch.device, torch.memory_format)
 _autocast = torch.is_autocast_enabled
 _AMONG_THEM = ("cpu", "cuda")
 _autocast_dtype = torch.get_autocast_dtype
-wants = attrgetter("requires_grad")
+_wants = attrgetter("requires_grad")
 _BOUNDARIES = ("cu_seq", "cu_len")
 MAY_TELL_BOUNDARIES = (*_BOUNDARIES, "position_ids")  # how such names begin
 _DEEPEST = 8
@@ -118,9 +119,9 @@ class Root:
     """A model, and what of it is part of every call's structure."""
 
     __slots__ = (
-        "__weakref__", "_casts", "_flags", "_shapes", "apart", "bounds_at", "device", "flash", "fresh", "frozen",
-        "index", "module", "names", "number", "parameters", "parts", "shaped", "stale", "trained", "two_stacks",
-        "wanting",
+        "__weakref__", "_asked", "_casts", "_flags", "_shapes", "apart", "bounds_at", "device", "first", "flash",
+        "fresh", "index", "module", "names", "number", "parameters", "parts", "shaped", "stale", "trained",
+        "two_stacks",
     )  # fmt: skip
 
     def __init__(self, module: torch.nn.Module, index: int) -> None:
@@ -128,10 +129,10 @@ class Root:
         self.trained = False
         self._flags: list[bool] | None = None
         self.parameters: list[torch.nn.Parameter] = []
-        self.wanting: list[torch.nn.Parameter] = []  # of these, those that wanted a gradient at the latest call
-        self.frozen: list[torch.nn.Parameter] = []
-        self.fresh = False  # nothing but these can have changed since then
+        self.first: torch.nn.Parameter | None = None
+        self.fresh = False  # no parameter was replaced, frozen or thawed since they were looked at
         self.stale = False  # a part of it was replaced
+        self._asked = False  # nobody tells when one of the parameters is frozen
         self._shapes = ""
         self.number = 0  # for the parameters' shapes and the set of those that want a gradient
         self.shaped = 0  # for the shapes alone: below 0
@@ -142,14 +143,15 @@ class Root:
         self.stale = False
         self.parts = frozenset(map(id, self.module.modules()))
         self.parameters, self._flags, self.fresh = list(self.module.parameters()), None, False
+        self._asked = not all(map(seen, self.parameters))
         shapes = shapes_of(self.parameters)
         if shapes != self._shapes:  # another head, say: the same arguments multiply something else now
             self._shapes = shapes
             self.shaped = -number(shapes)
-        tensor = next(iter(self.parameters), None)
+        self.first = next(iter(self.parameters), None)
         self.flash = uses_flash(self.module)
         self.two_stacks = bool(_said(self.module, "is_encoder_decoder"))
-        self.device = "cpu" if tensor is None else tensor.device.type
+        self.device = "cpu" if self.first is None else self.first.device.type
         self.names = _names(self.module)  # of the arguments by position
         # Of these, the first one that may tell where packed sequences begin.
         self.bounds_at = next((i for i, name in enumerate(self.names) if self._tells_boundaries(name)), sys.maxsize)
@@ -165,25 +167,20 @@ class Root:
         """What autocast computes in here; None where it is off."""
         return _autocast_dtype(self.device) if self._casts and _autocast(self.device) else None
 
-    def weight(self) -> torch.dtype | None:
-        """Of the first parameter."""
-        return self.parameters[0].dtype if self.parameters else None
-
-    def wanted(self) -> int:
-        """A number for the parameters' shapes, and the set of those that want a gradient."""
-        flags = list(map(wants, self.parameters))
+    def renew(self) -> None:
+        """Look at the parameters again, if they were replaced; and at which of them want a gradient."""
+        if self.stale:
+            self.refresh()
+        self.fresh = not self._asked
+        flags = list(map(_wants, self.parameters))
         if flags != self._flags:
             self._flags = flags
-            self.wanting = [*itertools.compress(self.parameters, flags)]
-            self.frozen = [parameter for parameter, flag in zip(self.parameters, flags, strict=True) if not flag]
             self.number = number(repr((flags, self._shapes)))
-        self.fresh = True
-        return self.number
 
     def forget(self) -> None:
         """Keep no parameter alive."""
-        for parameters in (self.parameters, self.wanting, self.frozen):
-            parameters.clear()
+        self.parameters.clear()
+        self.first = None
 
 
 _CLOSED = (type, torch.nn.Module, types.FunctionType, types.MethodType, types.BuiltinFunctionType)

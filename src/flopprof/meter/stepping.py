@@ -58,11 +58,7 @@ class Stepping:
     # --- a step ------------------------------------------------------------------------------------------------------
     def step(self, batch: Any = None) -> AbstractContextManager[None]:
         """One step; an exception leaves it out of every figure. batch: what tokens= and samples= are read off."""
-        repeat = self._repeat
-        if repeat.left > 0 and not repeat.thread:
-            repeat.waited = 0.0
-            return repeat
-        return _Step(self, batch)
+        return self._repeat if batch is None else _Step(self, batch)
 
     def start_step(self, batch: Any = None, *, data_wait_s: float = 0.0) -> None:
         """Begin a step, for loops that call back: `end_step` ends it."""

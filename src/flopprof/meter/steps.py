@@ -160,7 +160,7 @@ class Repeat:
         self.thread = _thread()
         self._start = self._mark()
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None = None, _value: object = None, _trace: object = None) -> None:
         """A step ends: one like that before, or one that must be closed."""
         if (
             kind is None
@@ -172,6 +172,7 @@ class Repeat:
             self.on = False
             self.thread = 0
             self.done.append((self._start, end, end if self._clock is None else self._clock(), self.waited))
+            self.waited = 0.0
             loop = self.loop() if self.at_once else None
             if loop is not None:
                 loop._settle()
@@ -220,7 +221,7 @@ class Repeat:
         # Of a mode that was not open then and is open now, it is not known whether it was opened in this step.
         now = _open_modes()
         modes = len(now) if now in (self._modes, ()) else -1
-        self.on, self.left = False, 0
+        self.on, self.left, self.waited = False, 0, 0.0
         return step, Here(moment.segment, [*self._step.segments[: moment.segments]], made, modes)
 
     def followed(self) -> Iterator[OpenStep]:

@@ -25,7 +25,8 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from flopprof.counting.imports import WhenImported, replaced
 from flopprof.counting.in_place import Watcher, leave, past, watch
 from flopprof.counting.instrument import StandIn
-from flopprof.meter.signature import MAY_TELL_BOUNDARIES, Root, tells_boundaries, wants
+from flopprof.meter.freezing import see
+from flopprof.meter.signature import MAY_TELL_BOUNDARIES, Root, tells_boundaries
 from flopprof.meter.steps import Repeat
 from flopprof.meter.timing import Timer
 
@@ -52,6 +53,9 @@ class Listener(Protocol):
 
     def rebuilt(self, module: torch.nn.Module) -> None:
         """A module or a parameter was put into that module."""
+
+    def frozen(self) -> None:
+        """A parameter was frozen, or thawed."""
 
     def differentiated(self, parts: tuple[Any, ...]) -> None:
         """A backward pass starts."""
@@ -87,20 +91,16 @@ class Before(Watcher):
             return past(self, self._callee)(*args, **kwargs)
         parts: list[Any] | None = None
         if thread and len(args) <= root.bounds_at:
-            if root.stale:
-                root.refresh()
-            parameters = root.parameters
+            if not root.fresh:
+                root.renew()
+            first = root.first
             parts = [
                 0 if repeat.blind else _nodes_made() - repeat.made,
                 root.index,
                 root.module.training,
-                root.shaped
-                if not _grad_enabled()
-                else root.number
-                if root.fresh and all(map(wants, root.wanting)) and not (root.frozen and any(map(wants, root.frozen)))
-                else root.wanted(),
+                root.number if _grad_enabled() else root.shaped,
                 root.cast() if root.apart or _any_autocast() else None,
-                parameters[0].dtype if parameters else None,
+                None if first is None else first.dtype,
             ]
             try:
                 for value in args:
@@ -148,27 +148,28 @@ def _tell(repeat: Repeat, root: Root, parts: list[Any] | None, args: tuple[Any, 
 # what is called past the first is the model.
 _LOOK, _SKIP = _eval_frame._FrameAction.DEFAULT, _eval_frame._FrameAction.SKIP
 _eval_frame.set_code_exec_strategy(Before.__call__.__code__, _eval_frame._FrameExecStrategy(_SKIP, _LOOK))
-for _function in (_tell, past, tells_boundaries, Root.refresh, Root.wanted, Root.cast):
+for _function in (_tell, past, tells_boundaries, Root.renew, Root.cast):
     _eval_frame.set_code_exec_strategy(_function.__code__, _eval_frame._FrameExecStrategy(_SKIP, _SKIP))
 
 
 class _Engine(StandIn):
     """The autograd engine, telling of each backward pass that is started from outside one."""
 
-    def run_backward(self, *args: Any, **kwargs: Any) -> Any:
+    def run_backward(
+        self, roots: Any, gradients: Any, keep: Any, create: Any, inputs: Any = (), *args: Any, **kwargs: Any
+    ) -> Any:
         for repeat in _repeats:
             if repeat.thread == _thread() and _node() is None:
-                # Roots, the graph kept or not, a graph of its own or not, inputs: what tells backward passes apart.
+                # What tells backward passes apart: roots, the graph kept or not, a graph of its own or not, inputs.
                 nodes = 0 if repeat.blind else _nodes_made() - repeat.made
-                inputs = told_inputs(args[4]) if len(args) > 4 and args[4] else 0
-                parts = nodes, "backward", len(args[0]), args[2:4], inputs
+                parts = nodes, "backward", len(roots), keep, create, told_inputs(inputs) if inputs else 0
                 if repeat.on and parts == repeat.events[repeat.at]:
                     repeat.at += 1
                     continue
                 listener = repeat.listener()
                 if listener is not None:
                     listener.differentiated(parts)
-        return self.engine.run_backward(*args, **kwargs)
+        return self.engine.run_backward(roots, gradients, keep, create, inputs, *args, **kwargs)
 
 
 def told_inputs(inputs: Iterable[Any]) -> tuple[Any, ...]:
@@ -208,6 +209,13 @@ def has_closure(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
     return any(callable(value) for value in args[1:]) or callable(kwargs.get("closure"))
 
 
+def _frozen() -> None:
+    for repeat in _repeats:
+        listener = repeat.listener()
+        if listener is not None:
+            listener.frozen()
+
+
 class _Instruments:
     """What is put in place process-wide, counted: the first meter puts it there, the last one takes it away."""
 
@@ -217,6 +225,7 @@ class _Instruments:
         self._closures = False
         self._handles: list[Any] = []
         self._engine: _Engine | None = None
+        self._see_no_more: Callable[[], None] = lambda: None
         self.compilations = 0
         self._compiler = WhenImported("torch._dynamo.callback", self._listen)
 
@@ -231,6 +240,7 @@ class _Instruments:
                     register_module_parameter_registration_hook(self._rebuild),
                 ]
                 self._closures = False
+                self._see_no_more = see(_frozen)
                 self._compiler.install()
 
     def _rebuild(self, module: torch.nn.Module, *_: Any) -> None:
@@ -253,6 +263,7 @@ class _Instruments:
                 self._engine = None
                 while self._handles:
                     self._handles.pop().remove()
+                self._see_no_more()
                 self._compiler.remove()
 
     def _listen(self, module: ModuleType) -> Any:
