@@ -61,6 +61,16 @@ def past(watcher: Watcher, module: torch.nn.Module) -> Callable[..., Any]:
 def watch(module: torch.nn.Module, watcher: Watcher) -> None:
     """From now on it stands before the module's call."""
     kept.acquire()
+    stay(module, watcher)
+
+
+def stay(module: torch.nn.Module, watcher: Watcher) -> None:
+    """Stand there again, if somebody has set torch's attribute meanwhile, which takes all away who stood there."""
+    standing = module.__dict__.get(_NAME)
+    while isinstance(standing, Watcher):
+        if standing is watcher:
+            return
+        standing = standing.behind
     watcher.behind = module.__dict__.get(_NAME)
     module.__dict__[_NAME] = watcher
 
@@ -78,14 +88,6 @@ def leave(module: torch.nn.Module | None, watcher: Watcher | None) -> None:
         before.behind = watcher.behind
     else:
         _put(module, watcher.behind)
-
-
-def watches(module: torch.nn.Module, watcher: Watcher) -> bool:
-    """Does it stand there still? Whoever sets torch's attribute takes it away."""
-    standing = module.__dict__.get(_NAME)
-    while isinstance(standing, Watcher) and standing is not watcher:
-        standing = standing.behind
-    return standing is watcher
 
 
 def compiled_in_place(module: torch.nn.Module) -> Any:
@@ -157,7 +159,9 @@ class _Kept:
             if self._users == 1:
                 module = torch.nn.Module
                 self._undo = [
+                    _without(module.__annotations__, _NAME),  # TorchScript fails on it where the attribute is set
                     replaced(module, "compile", _compile_behind(module._call_impl)),
+                    replaced(module, "__setstate__", _set_alone(module.__setstate__)),
                     replaced(module, _REPLICATE, _replicate_alone(getattr(module, _REPLICATE))),
                 ]
 
@@ -173,6 +177,12 @@ kept = _Kept()
 _REPLICATE = "_replicate_for_data_parallel"
 
 
+def _without(annotations: dict[str, Any], name: str) -> Callable[[], object]:
+    """Take it out; returns what puts it back."""
+    annotation = annotations.pop(name, None)
+    return lambda: annotation is None or annotations.update({name: annotation})
+
+
 def _compile_behind(call: Callable[..., Any]) -> Callable[..., None]:
     """In place of Module.compile: what is compiled is torch's own call, which outlives a counter."""
 
@@ -182,8 +192,18 @@ def _compile_behind(call: Callable[..., Any]) -> Callable[..., None]:
     return compile
 
 
+def _set_alone(original: Callable[..., None]) -> Callable[..., None]:
+    """In place of what gives a copy its state, which may be all of the module's: a copy's call is its own."""
+
+    def set_state(self: torch.nn.Module, state: dict[str, Any]) -> None:
+        original(self, state)
+        _put(self, compiled_in_place(self))
+
+    return set_state
+
+
 def _replicate_alone(original: Callable[..., Any]) -> Callable[..., Any]:
-    """In place of what copies all that a module has, for DataParallel: a copy's call is nobody's else."""
+    """In place of what makes the copies of DataParallel."""
 
     def _replicate_for_data_parallel(self: torch.nn.Module) -> Any:
         replica = original(self)

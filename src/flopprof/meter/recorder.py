@@ -140,6 +140,7 @@ class Recorder:
         self.repeat.opened(blind=self.tracker.blind)
         if not self._watch.begun:
             self._watch.begin(self)
+        self._watch.stay()
         self._looked += 1
         if self._rebuilt or self._looked >= _REFRESH:
             self._rebuilt, self._looked = False, 0

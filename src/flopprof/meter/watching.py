@@ -23,7 +23,7 @@ from torch.nn.modules.module import (
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from flopprof.counting.imports import WhenImported, replaced
-from flopprof.counting.in_place import Watcher, leave, past, watch
+from flopprof.counting.in_place import Watcher, leave, past, stay, watch
 from flopprof.counting.instrument import StandIn
 from flopprof.meter.freezing import see
 from flopprof.meter.signature import MAY_TELL_BOUNDARIES, Root, tells_boundaries
@@ -132,6 +132,10 @@ class Before(Watcher):
                 return self._callee._call_impl(*args, **kwargs) if behind is None else behind(*args, **kwargs)
         _tell(repeat, root, parts, args, kwargs)
         return past(self, self._callee)(*args, **kwargs)
+
+    def stay(self) -> None:
+        """Stand before the model still."""
+        stay(self._callee, self)
 
     def twin(self) -> Before:
         """Another one that tells the same."""
@@ -301,6 +305,7 @@ class Watch:
     """What one meter has on its models, and process-wide from its first step on, until it is removed or gone."""
 
     def __init__(self) -> None:
+        self._befores: list[Before] = []
         self._standing: list[_Standing] = []
         self._release: weakref.finalize[Any, Any] | None = None
         self._forget = weakref.finalize(self, _remove, self._standing)
@@ -309,7 +314,13 @@ class Watch:
         """See calls of this model."""
         before = Before(listener.repeat, root, root.module)
         watch(root.module, before)
+        self._befores.append(before)
         self._standing.append((weakref.ref(root.module), weakref.ref(before)))
+
+    def stay(self) -> None:
+        """Still see them, whatever was compiled in place, or put back, meanwhile."""
+        for before in self._befores:
+            before.stay()
 
     @property
     def begun(self) -> bool:
@@ -324,6 +335,7 @@ class Watch:
     def remove(self) -> None:
         """Take the hooks off."""
         self._forget()
+        self._befores.clear()
         if self._release is not None:
             self._release()
             self._release = None
