@@ -25,10 +25,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 # Looked up by name in the class itself: an inherited or rebound attribute is another thing.
 _FUNCTIONS = (
     *((torch.nn.Module, name) for name in ("__call__", "_call_impl", "_wrapped_call_impl", "forward")),
-    *(
-        (torch.nn.Module, name)
-        for name in ("compile", "_compiled_call_impl", "_replicate_for_data_parallel", "__setstate__")
-    ),
+    *((torch.nn.Module, name) for name in ("compile", "_compiled_call_impl", "_replicate_for_data_parallel")),
     *((torch.nn.Parameter, name) for name in ("requires_grad", "requires_grad_", "detach_")),
     (torch.autograd.Function, "apply"),
     (Variable, "_execution_engine"),

@@ -95,6 +95,7 @@ def test_gpt2() -> None:
         assert_equal_at(profile, model, sizes, (ids(2, 32),), BATCH_SEQ)
 
 
+@pytest.mark.nightly
 def test_t5_base_has_two_lengths() -> None:
     # d = 768, inner 768, 3072 hidden, 12 layers a side, 32128 words. Per token and layer 2 (4 d d + 2 d 3072) on either
     # side. Of the second attention, q and out are per decoder token, k and v per encoder token: 2 * 2 d d each.
@@ -217,7 +218,7 @@ def test_a_loop_over_a_size_makes_calls_that_grow_with_it() -> None:
 
 
 # --- strides and padding ---------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("backward", [False, pytest.param(True, marks=pytest.mark.nightly)])
 def test_resnet18_at_odd_sizes(backward: bool) -> None:
     model = torchvision("resnet18")
     args = (torch.empty(1, 3, 224, 224, device="meta"),)

@@ -20,6 +20,14 @@ COMMANDS = [
     for page in PAGES
     for block in re.findall(r"```console\n\$ (.*?)\n(.*?)\n```", (ROOT / page).read_text(), re.DOTALL)
 ]
+# Of the pages behind the README, those that take longest.
+SLOW = (
+    "count t5-small --mode generate",
+    "count gpt-oss-20b",
+    "plan llama-3.2-1b",
+    "plan deepseek",
+    "crosscheck vit_b_16",
+)
 
 
 def stable(text: str) -> list[str]:
@@ -27,7 +35,13 @@ def stable(text: str) -> list[str]:
     return [re.sub(r"torch \S+", "torch", line).rstrip() for line in text.strip().splitlines()]
 
 
-@pytest.mark.parametrize(("command", "shown"), COMMANDS)
+@pytest.mark.parametrize(
+    ("command", "shown"),
+    [
+        pytest.param(*block, marks=pytest.mark.nightly if block[0].removeprefix("flopprof ").startswith(SLOW) else ())
+        for block in COMMANDS
+    ],
+)
 def test_a_command_prints_what_the_pages_show(command: str, shown: str) -> None:
     environment = {**os.environ, "COLUMNS": "80", "NO_COLOR": "1"}
     words = [sys.executable, "-m", *command.split()]

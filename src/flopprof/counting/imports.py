@@ -60,10 +60,19 @@ class WhenImported:
 
 
 def replaced(owner: Any, name: str, value: Any) -> Callable[[], object]:
-    """Set an attribute; returns what puts it back, or takes it away where the owner itself had none."""
-    if name in vars(owner):
-        original = vars(owner)[name]
-        setattr(owner, name, value)
-        return lambda: setattr(owner, name, original)
+    """Set an attribute; returns what puts it back, or takes it away where the owner itself had none.
+
+    What somebody else has put there meanwhile stays as they left it.
+    """
+    had, original = name in vars(owner), vars(owner).get(name)
+
+    def put_back() -> None:
+        if vars(owner).get(name) is not value:
+            return
+        if had:
+            setattr(owner, name, original)
+        else:
+            delattr(owner, name)
+
     setattr(owner, name, value)
-    return lambda: delattr(owner, name)
+    return put_back

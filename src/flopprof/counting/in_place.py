@@ -8,7 +8,6 @@ times as long; and it would run inside the compiled call, where it is too late t
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +15,7 @@ import torch
 
 from flopprof.counting.compiled import compiling_higher_order
 from flopprof.counting.imports import replaced
+from flopprof.counting.in_use import WhileUsed
 
 _NAME = "_compiled_call_impl"
 
@@ -145,32 +145,18 @@ class UncompiledCall:
         _put_compiled(module, None)
 
 
-class _Kept:
+class _Kept(WhileUsed):
     """What keeps watchers where they are, and who is compiled behind them: there while anybody watches or counts."""
 
-    def __init__(self) -> None:
-        self._lock = threading.RLock()
-        self._users = 0
-        self._undo: list[Callable[[], object]] = []
-
-    def acquire(self) -> None:
-        with self._lock:
-            self._users += 1
-            if self._users == 1:
-                module = torch.nn.Module
-                self._undo = [
-                    _without(module.__annotations__, _NAME),  # TorchScript fails on it where the attribute is set
-                    replaced(module, "compile", _compile_behind(module._call_impl)),
-                    replaced(module, "__setstate__", _set_alone(module.__setstate__)),
-                    replaced(module, _REPLICATE, _replicate_alone(getattr(module, _REPLICATE))),
-                ]
-
-    def release(self) -> None:
-        with self._lock:
-            self._users -= 1
-            if self._users == 0:
-                while self._undo:
-                    self._undo.pop()()
+    def change(self) -> None:
+        """As torch's own, but for what stands before a module's call."""
+        module = torch.nn.Module
+        self._undo += [
+            _without(module.__annotations__, _NAME),  # TorchScript fails on it where the attribute is set
+            replaced(module, "compile", _compile_behind(module._call_impl)),
+            replaced(module, "__setstate__", _set_alone(module.__setstate__)),
+            replaced(module, _REPLICATE, _replicate_alone(getattr(module, _REPLICATE))),
+        ]
 
 
 kept = _Kept()

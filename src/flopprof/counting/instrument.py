@@ -11,7 +11,6 @@ meanwhile stays as they left it, and does nothing any more.
 from __future__ import annotations
 
 import sys
-import threading
 import weakref
 from collections.abc import Callable
 from types import BuiltinFunctionType, FrameType
@@ -26,7 +25,9 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from flopprof.counting.attend import Attention
 from flopprof.counting.closures import Closure, find
 from flopprof.counting.compiled import run_eagerly
+from flopprof.counting.imports import replaced
 from flopprof.counting.in_place import UncompiledCall, kept
+from flopprof.counting.in_use import WhileUsed
 from flopprof.counting.sharding import unseen_sharding
 from flopprof.counting.unseen import OUTSIDE, follow
 
@@ -250,28 +251,11 @@ def function_apply(original: Any, left: list[bool]) -> Callable[..., Any]:
     return _function_apply
 
 
-class _Installed:
-    """The wrappers, counted: the first counter puts them in place, the last one takes them away."""
+class _Installed(WhileUsed):
+    """The wrappers: the first counter puts them in place, the last one takes them away."""
 
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._users = 0
-        self._undo: list[Callable[[], object]] = []
-
-    def acquire(self) -> None:
-        with self._lock:
-            self._users += 1
-            if self._users == 1:
-                self._install()
-
-    def release(self) -> None:
-        with self._lock:
-            self._users -= 1
-            if self._users == 0:
-                while self._undo:
-                    self._undo.pop()()
-
-    def _install(self) -> None:
+    def change(self) -> None:
+        """See what no dispatch mode does."""
         left: list[bool] = []
         self._undo.append(lambda: left.append(True))
         self._undo.append(kept.release)
@@ -316,19 +300,7 @@ class _Installed:
             self._undo.append(forget)
 
     def _replace(self, owner: Any, name: str, value: Any) -> None:
-        had = name in owner.__dict__
-        original = owner.__dict__.get(name)
-
-        def put_back() -> None:
-            if owner.__dict__.get(name) is not value:  # somebody else's by now
-                return
-            if had:
-                setattr(owner, name, original)
-            else:
-                delattr(owner, name)
-
-        self._undo.append(put_back)
-        setattr(owner, name, value)
+        self._undo.append(replaced(owner, name, value))
 
 
 installed = _Installed()

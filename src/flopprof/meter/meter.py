@@ -97,25 +97,29 @@ class Meter(Stepping):
         self.device = device_of(models)
         clock = clock or time.perf_counter
         recorder = Recorder(models, attention, timer_for(self.device, clock), clock)
-        history = History(
-            recorder,
-            Peaks(peak, self.device),
-            device=self.device,
-            attention=attention,
-            convention=convention,
-            window=whole("window", window, 1),
-            path=records,
-            epoch=(wall_clock, clock),
-        )
-        super().__init__(
-            recorder,
-            history,
-            sizes=sizes,
-            skip=whole("skip", skip, 0),
-            recount_every=None if recount_every is None else whole("recount_every", recount_every, 1),
-            log=log,
-            log_every=whole("log_every", log_every, 1),
-        )
+        try:
+            history = History(
+                recorder,
+                Peaks(peak, self.device),
+                device=self.device,
+                attention=attention,
+                convention=convention,
+                window=whole("window", window, 1),
+                path=records,
+                epoch=(wall_clock, clock),
+            )
+            super().__init__(
+                recorder,
+                history,
+                sizes=sizes,
+                skip=whole("skip", skip, 0),
+                recount_every=None if recount_every is None else whole("recount_every", recount_every, 1),
+                log=log,
+                log_every=whole("log_every", log_every, 1),
+            )
+        except BaseException:
+            recorder.remove()
+            raise
 
     # --- the loop ----------------------------------------------------------------------------------------------------
     def track(self, loader: Iterable[T], *, progress: bool = True) -> Iterator[T]:

@@ -24,6 +24,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 from flopprof.counting.imports import WhenImported, replaced
 from flopprof.counting.in_place import Watcher, leave, past, stay, watch
+from flopprof.counting.in_use import WhileUsed
 from flopprof.counting.instrument import StandIn
 from flopprof.meter.freezing import see
 from flopprof.meter.signature import MAY_TELL_BOUNDARIES, Root, tells_boundaries
@@ -220,32 +221,25 @@ def _frozen() -> None:
             listener.frozen()
 
 
-class _Instruments:
-    """What is put in place process-wide, counted: the first meter puts it there, the last one takes it away."""
+class _Instruments(WhileUsed):
+    """What sees the events of all steps: in place from the first step of the first meter on."""
 
     def __init__(self) -> None:
-        self.lock = threading.RLock()
-        self._users = 0
+        super().__init__()
         self._closures = False
-        self._handles: list[Any] = []
-        self._engine: _Engine | None = None
-        self._see_no_more: Callable[[], None] = lambda: None
         self.compilations = 0
         self._compiler = WhenImported("torch._dynamo.callback", self._listen)
 
-    def acquire(self) -> None:
-        with self.lock:
-            self._users += 1
-            if self._users == 1:
-                self._engine = _Engine()
-                self._handles = [
-                    register_optimizer_step_pre_hook(_before_step),
-                    register_module_module_registration_hook(self._rebuild),
-                    register_module_parameter_registration_hook(self._rebuild),
-                ]
-                self._closures = False
-                self._see_no_more = see(_frozen)
-                self._compiler.install()
+    def change(self) -> None:
+        """See backward passes, optimizer steps, modules that are put together anew, frozen parameters, compilations."""
+        self._closures = False
+        handles = (
+            register_optimizer_step_pre_hook(_before_step),
+            register_module_module_registration_hook(self._rebuild),
+            register_module_parameter_registration_hook(self._rebuild),
+        )
+        self._undo += [_Engine().leave, *(handle.remove for handle in handles), see(_frozen), self._compiler.remove]
+        self._compiler.install()
 
     def _rebuild(self, module: torch.nn.Module, *_: Any) -> None:
         for repeat in _repeats:
@@ -255,20 +249,9 @@ class _Instruments:
 
     def see_closures(self) -> None:
         """An optimizer is given a closure: the end of its step matters, too, which else is not looked at."""
-        if not self._closures and self._handles:
+        if not self._closures and self._undo:
             self._closures = True
-            self._handles.append(register_optimizer_step_post_hook(_after_step))
-
-    def release(self) -> None:
-        with self.lock:
-            self._users -= 1
-            if self._users == 0 and self._engine is not None:
-                self._engine.leave()
-                self._engine = None
-                while self._handles:
-                    self._handles.pop().remove()
-                self._see_no_more()
-                self._compiler.remove()
+            self._undo.append(register_optimizer_step_post_hook(_after_step).remove)
 
     def _listen(self, module: ModuleType) -> Any:
         def note(_: Any) -> None:
