@@ -321,3 +321,161 @@ def test_a_compiled_function_freezes(fresh_dynamo: None) -> None:
         found = flops(meter)
     assert all(got in (3 * each, None) for got, each in zip(found, [EACH] * 3 + [FROZEN] * 3, strict=True))
     assert backend.frame_count == 2
+
+
+# --- what others do with modules -------------------------------------------------------------------------------------
+class Copying(Net):
+    """Its copies share all that it has, without torch's knowing."""
+
+    def __copy__(self) -> Copying:
+        twin = Copying.__new__(Copying)
+        twin.__dict__.update(self.__dict__)
+        twin._modules = {name: copy.deepcopy(part) for name, part in self._modules.items()}
+        return twin
+
+
+@pytest.mark.parametrize("closed", [False, True])
+def test_a_clone_that_took_all_the_model_has_runs_itself(closed: bool) -> None:
+    model = Copying()
+    with Meter(model) as meter:
+        for _ in range(4):
+            with meter.step():
+                train(model)
+        twin = copy.copy(model)
+        torch.nn.init.zeros_(twin.first.weight)
+        if closed:
+            meter.close()
+        else:
+            with meter.step():
+                train(model)
+                assert not twin(rows(2)).any()
+        assert not twin(rows(2)).any()
+        assert model(rows(2)).any()
+        assert set(flops(meter)) <= {3 * EACH, 3 * EACH + 2 * (FIRST + SECOND), None}
+    assert SLOT not in vars(twin)
+
+
+def test_a_call_of_the_users_own_is_compiled(fresh_dynamo: None) -> None:
+    class Own(Net):
+        def _call_impl(self, *args: Any, **kwargs: Any) -> Any:
+            return super()._call_impl(*args, **kwargs) * 2
+
+    model, x = Own(), rows(3)
+    expected = model(x)
+    with Meter(model):
+        model.compile(backend="eager")
+        assert torch.equal(model(x), expected)
+
+
+@pytest.mark.parametrize("how", ["forward hook", "pre-hook", "call", "called by name"])
+def test_a_metered_model_inside_what_is_compiled(how: str, fresh_dynamo: None) -> None:
+    class Calls(Net):
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            return super().__call__(*args, **kwargs)
+
+    model, backend = Calls() if how == "call" else Net(), CompileCounter()
+    if how == "forward hook":
+        model.register_forward_hook(lambda _module, _args, result: result * 2)
+    if how == "pre-hook":
+        model.register_forward_pre_hook(lambda _module, args: (args[0] * 2,))
+    call = model.__call__ if how == "called by name" else model
+    compiled = torch.compile(lambda x: call(x) + 1, backend=backend, fullgraph=True)
+    x = rows(3)
+    with Meter(model) as meter:
+        for _ in range(4):
+            with meter.step(x):
+                compiled(x).sum().backward()
+        found = flops(meter)
+    assert torch.equal(compiled(x), call(x) + 1)
+    assert backend.frame_count <= 2
+    assert all(got in (3 * EACH, None) for got in found)
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_a_pre_hook_that_takes_fewer_rows(first: bool) -> None:
+    """Whether it was put there before the meter or after it."""
+    model = Net()
+    taken = [5]
+
+    def fewer(_module: nn.Module, args: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+        return (args[0][: taken[0]],)
+
+    if first:
+        model.register_forward_pre_hook(fewer)
+    with Meter(model) as meter:
+        if not first:
+            model.register_forward_pre_hook(fewer)
+        for n in (5, 5, 5, 5, 2, 2, 5, 7, 7, 2):
+            taken[0] = n
+            with meter.step():
+                train(model, 8)
+        found = flops(meter)
+    assert found == [n * EACH for n in (5, 5, 5, 5, 2, 2, 5, 7, 7, 2)]
+    assert len(model._forward_pre_hooks) == 1
+
+
+def test_a_pre_hook_that_freezes() -> None:
+    model, freeze = Net(), [False]
+    model.register_forward_pre_hook(lambda module, _: module.first.requires_grad_(not freeze[0]) and None)  # type: ignore[operator, union-attr, func-returns-value]
+    wanted = [True] * 5 + [False] * 3 + [True] * 2
+    with Meter(model) as meter:
+        for now in wanted:
+            freeze[0] = not now
+            with meter.step():
+                train(model)
+        assert flops(meter) == [3 * (EACH if now else FROZEN) for now in wanted]
+
+
+def test_uncompiling_by_hand(fresh_dynamo: None) -> None:
+    model = Net()
+    with Meter(model) as meter:
+        model.compile(backend="eager")
+        for n in range(12):
+            if n == 6:
+                model._compiled_call_impl = None
+            with meter.step():
+                train(model)
+        found = flops(meter)
+    assert found[:6] + found[8:] == [3 * EACH] * 10
+    assert set(found[6:8]) <= {3 * EACH, None}
+
+
+def test_backward_passes_in_keywords() -> None:
+    """As Megatron starts them."""
+    model = Net()
+    with Meter(model) as meter:
+        for _ in range(4):
+            with meter.step():
+                loss = model(rows(3)).square().mean()
+                torch.autograd.Variable._execution_engine.run_backward(
+                    tensors=(loss,), grad_tensors=(torch.ones(()),), keep_graph=False, create_graph=False, inputs=(),
+                    allow_unreachable=True, accumulate_grad=True,
+                )  # fmt: skip
+        assert flops(meter) == [3 * EACH] * 4
+
+
+def test_a_subclass_whose_flag_compiled_code_reads(fresh_dynamo: None) -> None:
+    class Reading(Net):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = super().forward(x)
+            return y * 2 if self.first.weight.requires_grad else y
+
+    model = Reading()
+    model.first.weight = Low(model.first.weight.detach())
+    with Meter(model) as meter:
+        call = torch.compile(model, backend="eager", fullgraph=True)
+        for _ in range(4):
+            with meter.step():
+                train(call)
+        assert set(flops(meter)) <= {3 * EACH, None}
+
+
+def test_who_patches_over_it_keeps_the_patch(monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        with Meter(Net()) as meter:
+            with meter.step():
+                train(meter.models[0])
+            mine = lambda self, *_: self  # noqa: E731
+            patch.setattr(nn.Parameter, "requires_grad_", mine)
+        assert vars(nn.Parameter)["requires_grad_"] is mine
+    del nn.Parameter.requires_grad_

@@ -21,12 +21,16 @@ _NAME = "_compiled_call_impl"
 
 
 class Watcher:
-    """Stands before the call of one module: of a kind that is called as the module is, and goes on `past` itself."""
+    """Stands before the call of one module: of a kind that is called as the module is, and goes on `past` itself.
 
-    __slots__ = ("__weakref__", "behind")
+    callee: the module; None once nobody is told any more.
+    """
 
-    def __init__(self) -> None:
+    __slots__ = ("__weakref__", "behind", "callee")
+
+    def __init__(self, callee: Any) -> None:
         self.behind: Any = None  # another one, or what is compiled; None: the module's own call
+        self.callee = callee
 
     def __bool__(self) -> bool:
         """Is anything compiled there? So do others ask who want to know whether the module is."""
@@ -48,36 +52,55 @@ class Watcher:
         return twin
 
 
-def past(watcher: Watcher, module: torch.nn.Module) -> Callable[..., Any]:
+def carried(watcher: Watcher, caller: Any) -> bool:
+    """Is that another module, which took all that the watched one has? (`clone.__dict__ = module.__dict__.copy()`)"""
+    standing = caller.__dict__.get(_NAME) if isinstance(caller, torch.nn.Module) else None
+    return watcher.callee is None or (isinstance(standing, Watcher) and standing.callee is watcher.callee)
+
+
+def alone(module: Any) -> Callable[..., Any]:
+    """What a module calls that nobody watches; from now on nobody stands before it."""
+    compiled = compiled_in_place(module)
+    _put(module, compiled)
+    own: Callable[..., Any] = module._call_impl
+    return own if compiled is None else compiled
+
+
+def past(watcher: Watcher) -> Callable[..., Any]:
     """What a watcher calls when it has told of the call: where this thread is counted by then, nothing compiled."""
+    own: Callable[..., Any] = watcher.callee._call_impl
     behind = watcher.behind
     if behind is not None:
         standing = vars(torch.nn.Module)[_NAME]
         if isinstance(standing, UncompiledCall) and standing.applies():
             behind = _eager(behind)
-    return module._call_impl if behind is None else behind
+    return own if behind is None else behind
 
 
-def watch(module: torch.nn.Module, watcher: Watcher) -> None:
+def watch(watcher: Watcher) -> None:
     """From now on it stands before the module's call."""
     kept.acquire()
-    stay(module, watcher)
+    stay(watcher)
 
 
-def stay(module: torch.nn.Module, watcher: Watcher) -> None:
-    """Stand there again, if somebody has set torch's attribute meanwhile, which takes all away who stood there."""
-    standing = module.__dict__.get(_NAME)
+def stay(watcher: Watcher) -> bool:
+    """Stand there again, if somebody has set torch's attribute, which takes all away who stood there; was it so?"""
+    held = watcher.callee.__dict__
+    standing = held.get(_NAME)
     while isinstance(standing, Watcher):
         if standing is watcher:
-            return
+            return False
         standing = standing.behind
-    watcher.behind = module.__dict__.get(_NAME)
-    module.__dict__[_NAME] = watcher
+    watcher.behind = held.get(_NAME)
+    held[_NAME] = watcher
+    return True
 
 
 def leave(module: torch.nn.Module | None, watcher: Watcher | None) -> None:
     """No more. None: it is gone."""
     kept.release()
+    if watcher is not None:
+        watcher.callee = None
     standing: Any = None if module is None else module.__dict__.get(_NAME)
     before = None
     while isinstance(standing, Watcher) and standing is not watcher:
@@ -173,7 +196,10 @@ def _compile_behind(call: Callable[..., Any]) -> Callable[..., None]:
     """In place of Module.compile: what is compiled is torch's own call, which outlives a counter."""
 
     def compile(self: torch.nn.Module, *args: Any, **kwargs: Any) -> None:
-        _put_compiled(self, torch.compile(call.__get__(self), *args, **kwargs))
+        own = self._call_impl
+        if getattr(own, "__func__", None) is vars(torch.nn.Module)["_call_impl"]:  # and not a class's of the user's
+            own = call.__get__(self)
+        _put_compiled(self, torch.compile(own, *args, **kwargs))
 
     return compile
 

@@ -1,13 +1,15 @@
 """Sees parameters frozen and thawed, so that no step need ask each of them whether it wants a gradient.
 
-Asking reads three cold lines of memory for each: a fifth of what metering costs. `requires_grad` of a parameter is set
-in Python, or not at all; the class torch.nn.Parameter is what all of those that are no subclass of another kind of
-tensor have in common. Reading it goes to torch's own getter still.
+Asking reads three cold lines of memory for each: a fifth of what metering costs. Reading `requires_grad` goes to
+torch's own getter still. Classes derived from torch.nn.Parameter keep theirs: compilers take a property of a class of
+the user's for his.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+import inspect
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -16,11 +18,12 @@ from flopprof.counting.imports import replaced
 
 _flag: Any = torch._C.TensorBase.requires_grad  # the descriptor
 _wants = _flag.__get__
+_METHODS = ("requires_grad_", "detach_")
 
 
 def seen(parameter: torch.Tensor) -> bool:
-    """Is it told when this one is frozen or thawed? Not of those that are sharded, which must be asked."""
-    return issubclass(type(parameter), torch.nn.Parameter)
+    """Is it told when this one is frozen or thawed? Not of other classes (sharded, quantised), which must be asked."""
+    return type(parameter) is torch.nn.Parameter
 
 
 def see(changed: Callable[[], object]) -> Callable[[], None]:
@@ -32,9 +35,8 @@ def see(changed: Callable[[], object]) -> Callable[[], None]:
         if _wants(self) is not before:
             changed()
 
-    def telling(name: str) -> Callable[..., Any]:
-        original = getattr(torch._C.TensorBase, name)
-
+    def telling(original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
         def method(self: torch.nn.Parameter, *args: Any, **kwargs: Any) -> Any:
             before = _wants(self)
             result = original(self, *args, **kwargs)
@@ -42,15 +44,23 @@ def see(changed: Callable[[], object]) -> Callable[[], None]:
                 changed()
             return result
 
-        method.__name__ = name
         return method
 
-    names = ("requires_grad_", "detach_")
-    undo = [replaced(torch.nn.Parameter, "requires_grad", property(_wants, assign))]
-    undo += [replaced(torch.nn.Parameter, name, telling(name)) for name in names]
+    kind = torch.nn.Parameter
+    undo = [replaced(each, name, found) for each, name, found in _kept_by(kind.__subclasses__())]
+    undo.append(replaced(kind, "requires_grad", property(_wants, assign, _flag.__delete__, _flag.__doc__)))
+    undo += [replaced(kind, name, telling(getattr(torch._C.TensorBase, name))) for name in _METHODS]
 
     def leave() -> None:
         while undo:
             undo.pop()()
 
     return leave
+
+
+def _kept_by(kinds: Iterable[type]) -> list[tuple[type, str, Any]]:
+    """What each of these classes does not define itself."""
+    names = ("requires_grad", *_METHODS)
+    return [
+        (kind, name, inspect.getattr_static(kind, name)) for kind in kinds for name in names if name not in vars(kind)
+    ]

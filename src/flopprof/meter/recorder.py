@@ -113,6 +113,8 @@ class Recorder:
             self._over = self.followed()
             self._step, here = self.repeat.open()
             self.tracker.go_on(here)
+            self._step.unseen = lost = self._watch.stay()  # nobody told of a call
+            self.tracker.from_start |= lost
         return self._step
 
     def followed(self) -> list[OpenStep]:
@@ -138,9 +140,7 @@ class Recorder:
         """A step begins. learns: the next ones may be held against it."""
         self._step = step
         self.repeat.opened(blind=self.tracker.blind)
-        if not self._watch.begun:
-            self._watch.begin(self)
-        self._watch.stay()
+        self._watch.follow(self)
         self._looked += 1
         if self._rebuilt or self._looked >= _REFRESH:
             self._rebuilt, self._looked = False, 0

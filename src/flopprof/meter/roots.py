@@ -23,7 +23,7 @@ from flopprof.meter.recorder import Recorder
 from flopprof.meter.signature import Root
 from flopprof.meter.timing import CudaTimer
 from flopprof.meter.tracking import Tracker
-from flopprof.meter.watching import Before
+from flopprof.meter.watching import NOTHING, Before
 
 if TYPE_CHECKING:
     from flopprof.meter.meter import Meter
@@ -182,13 +182,6 @@ def _plain(key: str, value: Any) -> bool:
     return key != "training" and isinstance(value, bool | int | float | str | None)
 
 
-class _Nothing:
-    """Is called in the place of a module whose call is seen by a hook."""
-
-    @staticmethod
-    def _call_impl(*_args: Any, **_kwargs: Any) -> None: ...
-
-
 class Finder:
     """Gives a recorder the roots as they are found, each under a number that is its own as long as it lives."""
 
@@ -217,7 +210,7 @@ class Finder:
             found.trained = roots[number].trained
             roots[number] = found
         self._numbers[id(module)] = number
-        self._before[number] = Before(self._recorder.repeat, found, _Nothing)
+        self._before[number] = Before(self._recorder.repeat, found, NOTHING)
         if compiled_within(module) or isinstance(module, CompiledFunction):
             self._recorder.tracker.lose_sight()
         return number

@@ -8,6 +8,7 @@ or gone, because putting them there in every step would cost more than they do.
 
 from __future__ import annotations
 
+import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Mapping
@@ -23,7 +24,7 @@ from torch.nn.modules.module import (
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from flopprof.counting.imports import WhenImported, replaced
-from flopprof.counting.in_place import Watcher, leave, past, stay, watch
+from flopprof.counting.in_place import Watcher, alone, carried, leave, past, stay, watch
 from flopprof.counting.in_use import WhileUsed
 from flopprof.counting.instrument import StandIn
 from flopprof.meter.freezing import see
@@ -33,6 +34,7 @@ from flopprof.meter.timing import Timer
 
 _node = torch._C._current_autograd_node
 _thread = threading.get_ident
+_frame = sys._getframe
 _grad_enabled = torch.is_grad_enabled
 _nodes_made = torch._C._autograd._get_sequence_nr
 _any_autocast = torch._C._is_any_autocast_enabled  # of many devices: quicker to ask than one
@@ -69,27 +71,46 @@ class Listener(Protocol):
 _repeats: tuple[Repeat, ...] = ()
 
 
+class _Nothing:
+    """Is called in the place of a module whose call is under way, and told of by a hook."""
+
+    _forward_pre_hooks = ()
+
+    def _call_impl(self, *_args: Any, **_kwargs: Any) -> None: ...
+
+
+NOTHING = _Nothing()
+
+
 class Before(Watcher):
     """What stands before the calls of one model, or of a module that was found, and tells a meter of them.
 
-    callee: whose `_call_impl` is called then.
+    callee: whose `_call_impl` is called then; `NOTHING` where a hook tells.
     """
 
-    __slots__ = ("_callee", "_repeat", "_root")
+    __slots__ = ("_repeat", "_root")
 
     def __init__(self, repeat: Repeat, root: Root, callee: Any) -> None:
-        super().__init__()
-        self._repeat, self._root, self._callee = repeat, root, callee
+        super().__init__(callee)
+        self._repeat, self._root = repeat, root
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The call's result; the meter is told, unless this runs in another thread, or in a backward.
 
         It runs at every call of a model, and is one function for that.
         """
+        callee = self.callee
+        if _compiling():
+            return callee._call_impl(*args, **kwargs)
+        caller = _frame(1).f_locals.get("self")
+        if caller is not callee and carried(self, caller):
+            return alone(caller)(*args, **kwargs)
         repeat, root = self._repeat, self._root
         thread = repeat.thread
         if (thread and thread != _thread()) or _node() is not None:
-            return past(self, self._callee)(*args, **kwargs)
+            return past(self)(*args, **kwargs)
+        if callee._forward_pre_hooks and self.behind is None:
+            return self._hooked(args, kwargs)
         parts: list[Any] | None = None
         if thread and len(args) <= root.bounds_at:
             if not root.fresh:
@@ -130,17 +151,22 @@ class Before(Watcher):
             if repeat.on and parts == repeat.events[repeat.at]:
                 repeat.at += 1
                 behind = self.behind
-                return self._callee._call_impl(*args, **kwargs) if behind is None else behind(*args, **kwargs)
+                return callee._call_impl(*args, **kwargs) if behind is None else behind(*args, **kwargs)
         _tell(repeat, root, parts, args, kwargs)
-        return past(self, self._callee)(*args, **kwargs)
+        return past(self)(*args, **kwargs)
 
-    def stay(self) -> None:
-        """Stand before the model still."""
-        stay(self._callee, self)
+    def _hooked(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The result of a call that goes through hooks of the user's: they may change what the model is called with."""
+        tell = Before(self._repeat, self._root, NOTHING)
+        hook = self.callee.register_forward_pre_hook(lambda _, args, kwargs: tell(*args, **kwargs), with_kwargs=True)
+        try:
+            return self.callee._call_impl(*args, **kwargs)
+        finally:
+            hook.remove()
 
     def twin(self) -> Before:
         """Another one that tells the same."""
-        return Before(self._repeat, self._root, self._callee)
+        return Before(self._repeat, self._root, self.callee)
 
 
 def _tell(repeat: Repeat, root: Root, parts: list[Any] | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -153,7 +179,7 @@ def _tell(repeat: Repeat, root: Root, parts: list[Any] | None, args: tuple[Any, 
 # what is called past the first is the model.
 _LOOK, _SKIP = _eval_frame._FrameAction.DEFAULT, _eval_frame._FrameAction.SKIP
 _eval_frame.set_code_exec_strategy(Before.__call__.__code__, _eval_frame._FrameExecStrategy(_SKIP, _LOOK))
-for _function in (_tell, past, tells_boundaries, Root.renew, Root.cast):
+for _function in (_tell, past, carried, alone, tells_boundaries, Root.renew, Root.cast):
     _eval_frame.set_code_exec_strategy(_function.__code__, _eval_frame._FrameExecStrategy(_SKIP, _SKIP))
 
 
@@ -161,27 +187,38 @@ class _Engine(StandIn):
     """The autograd engine, telling of each backward pass that is started from outside one."""
 
     def run_backward(
-        self, roots: Any, gradients: Any, keep: Any, create: Any, inputs: Any = (), *args: Any, **kwargs: Any
+        self,
+        tensors: Any,
+        grad_tensors: Any,
+        keep_graph: Any = False,
+        create_graph: Any = False,
+        inputs: Any = (),
+        *args: Any,
+        **kwargs: Any,
     ) -> Any:
         for repeat in _repeats:
             if repeat.thread == _thread() and _node() is None:
                 # What tells backward passes apart: roots, the graph kept or not, a graph of its own or not, inputs.
                 nodes = 0 if repeat.blind else _nodes_made() - repeat.made
-                parts = nodes, "backward", len(roots), keep, create, told_inputs(inputs) if inputs else 0
+                told = told_inputs(inputs) if inputs else 0
+                parts = nodes, "backward", len(tensors), keep_graph, create_graph, told
                 if repeat.on and parts == repeat.events[repeat.at]:
                     repeat.at += 1
                     continue
                 listener = repeat.listener()
                 if listener is not None:
                     listener.differentiated(parts)
-        return self.engine.run_backward(roots, gradients, keep, create, inputs, *args, **kwargs)
+        return self.engine.run_backward(tensors, grad_tensors, keep_graph, create_graph, inputs, *args, **kwargs)
 
 
 def told_inputs(inputs: Iterable[Any]) -> tuple[Any, ...]:
     """What a backward pass goes down to: parameters by their ids, other tensors by their shapes."""
-    return tuple(
-        [id(item) if isinstance(item, torch.nn.Parameter) else tuple(getattr(item, "shape", ())) for item in inputs]
-    )
+    return tuple([id(item) if isinstance(item, torch.nn.Parameter) else _shape(item) for item in inputs])
+
+
+def _shape(item: Any) -> tuple[int, ...]:
+    """Nothing of an edge of the graph, nor of a nested tensor."""
+    return tuple(item.shape) if isinstance(item, _Tensor) and not item.is_nested else ()
 
 
 def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
@@ -296,24 +333,21 @@ class Watch:
     def add(self, listener: Listener, root: Root) -> None:
         """See calls of this model."""
         before = Before(listener.repeat, root, root.module)
-        watch(root.module, before)
+        watch(before)
         self._befores.append(before)
         self._standing.append((weakref.ref(root.module), weakref.ref(before)))
 
-    def stay(self) -> None:
-        """Still see them, whatever was compiled in place, or put back, meanwhile."""
-        for before in self._befores:
-            before.stay()
+    def stay(self) -> bool:
+        """Still see them, whatever others have put before them; have they?"""
+        lost = [before for before in self._befores if stay(before)]
+        return bool(lost)
 
-    @property
-    def begun(self) -> bool:
-        """Has its first step begun?"""
-        return self._release is not None
-
-    def begin(self, listener: Listener) -> None:
-        """Its first step begins."""
-        instruments.acquire()
-        self._release = weakref.finalize(self, _end, _listen(listener))
+    def follow(self, listener: Listener) -> None:
+        """A step begins; with the first one, what is process-wide."""
+        if self._release is None:
+            instruments.acquire()
+            self._release = weakref.finalize(self, _end, _listen(listener))
+        self.stay()
 
     def remove(self) -> None:
         """Take the hooks off."""
