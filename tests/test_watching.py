@@ -367,7 +367,7 @@ def test_a_call_of_the_users_own_is_compiled(fresh_dynamo: None) -> None:
         assert torch.equal(model(x), expected)
 
 
-@pytest.mark.parametrize("how", ["forward hook", "pre-hook", "call", "called by name"])
+@pytest.mark.parametrize("how", ["forward hook", "pre-hook", "pre-hook, itself", "call", "called by name"])
 def test_a_metered_model_inside_what_is_compiled(how: str, fresh_dynamo: None) -> None:
     class Calls(Net):
         def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -376,10 +376,13 @@ def test_a_metered_model_inside_what_is_compiled(how: str, fresh_dynamo: None) -
     model, backend = Calls() if how == "call" else Net(), CompileCounter()
     if how == "forward hook":
         model.register_forward_hook(lambda _module, _args, result: result * 2)
-    if how == "pre-hook":
+    if "pre-hook" in how:
         model.register_forward_pre_hook(lambda _module, args: (args[0] * 2,))
     call = model.__call__ if how == "called by name" else model
     compiled = torch.compile(lambda x: call(x) + 1, backend=backend, fullgraph=True)
+    if "itself" in how:
+        whole = torch.compile(model, backend=backend, fullgraph=True)
+        compiled = lambda x: whole(x) + 1  # noqa: E731
     x = rows(3)
     with Meter(model) as meter:
         for _ in range(4):
@@ -424,6 +427,23 @@ def test_a_pre_hook_that_freezes() -> None:
             with meter.step():
                 train(model)
         assert flops(meter) == [3 * (EACH if now else FROZEN) for now in wanted]
+
+
+@pytest.mark.parametrize("tracked", [False, True])
+def test_a_part_of_what_is_compiled_in_place(tracked: bool, fresh_dynamo: None) -> None:
+    """Its calls are seen only where they are counted, which is eagerly."""
+    outer = nn.Sequential(Net(), nn.Linear(2, 2, bias=False))
+    outer.compile(backend="eager")
+    with Meter(outer[0]) as meter:
+        for n in (3, 3, 3, 5, 5, 3, 3):
+            x = rows(n)
+            with meter.step(x if tracked else None):
+                outer(x).square().mean().backward()
+        found = flops(meter)
+    each = EACH + 3 * 2 * 2 * 2
+    if tracked:
+        assert found[1:] == [n * each for n in (3, 3, 5, 5, 3, 3)]
+    assert all(got in (n * each, None) for got, n in zip(found, (3, 3, 3, 5, 5, 3, 3), strict=True))
 
 
 def test_uncompiling_by_hand(fresh_dynamo: None) -> None:

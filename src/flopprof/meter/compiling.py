@@ -37,6 +37,18 @@ def _in_compiled(frame: FrameType | None) -> bool:
     return frame is not None
 
 
+def inside_in_place(module: torch.nn.Module) -> bool:
+    """Does it run, in a step that is counted, inside another module that is compiled in place?"""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_name == "_wrapped_call_impl":
+            caller = frame.f_locals.get("self")
+            if caller is not module and isinstance(caller, torch.nn.Module) and compiled_in_place(caller) is not None:
+                return True
+        frame = frame.f_back
+    return False
+
+
 def hides_hooks(module: torch.nn.Module) -> bool:
     """Was the model compiled in place, with its hooks?"""
     function = getattr(module.__dict__.get("_compiled_call_impl"), "_torchdynamo_orig_callable", None)

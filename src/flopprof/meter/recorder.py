@@ -11,7 +11,7 @@ import torch
 from flopprof.meter import notes
 from flopprof.meter.batches import Batches
 from flopprof.meter.between import Evaluations
-from flopprof.meter.compiling import compiled_call, hides_hooks
+from flopprof.meter.compiling import compiled_call, hides_hooks, inside_in_place
 from flopprof.meter.floats import Floats
 from flopprof.meter.models import Roots
 from flopprof.meter.optimizers import Optimizers, stepped_number
@@ -325,8 +325,9 @@ class Recorder:
             return True
         if self._span is not None:
             self._resume()
-        itself, inside = (False, False) if self.tracker.counter is None else compiled_call()
-        inside |= hides_hooks(root.module)
+        counts = self.tracker.counter is not None
+        itself, inside = compiled_call() if counts else (False, False)
+        inside |= hides_hooks(root.module) or (counts and inside_in_place(root.module))
         if inside:
             self.tracker.from_start |= not self.opaque
             self.opaque = True

@@ -158,11 +158,15 @@ class Before(Watcher):
     def _hooked(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The result of a call that goes through hooks of the user's: they may change what the model is called with."""
         tell = Before(self._repeat, self._root, NOTHING)
-        hook = self.callee.register_forward_pre_hook(lambda _, args, kwargs: tell(*args, **kwargs), with_kwargs=True)
+        hook = self.callee.register_forward_pre_hook(tell.hook, with_kwargs=True)
         try:
             return self.callee._call_impl(*args, **kwargs)
         finally:
             hook.remove()
+
+    def hook(self, _module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """The last of those that run before a call."""
+        self(*args, **kwargs)
 
     def twin(self) -> Before:
         """Another one that tells the same."""
@@ -176,11 +180,13 @@ def _tell(repeat: Repeat, root: Root, parts: list[Any] | None, args: tuple[Any, 
 
 
 # A compiled model is called while the compiler looks for frames to compile: these are none, nor what they call; but
-# what is called past the first is the model.
+# what is called past the first two is the model.
 _LOOK, _SKIP = _eval_frame._FrameAction.DEFAULT, _eval_frame._FrameAction.SKIP
-_eval_frame.set_code_exec_strategy(Before.__call__.__code__, _eval_frame._FrameExecStrategy(_SKIP, _LOOK))
-for _function in (_tell, past, carried, alone, tells_boundaries, Root.renew, Root.cast):
-    _eval_frame.set_code_exec_strategy(_function.__code__, _eval_frame._FrameExecStrategy(_SKIP, _SKIP))
+_CALLING: tuple[Any, ...] = (Before.__call__, Before._hooked)
+_TELLING: tuple[Any, ...] = (Before.hook, _tell, past, carried, alone, tells_boundaries, Root.renew, Root.cast)
+for _function in (*_CALLING, *_TELLING):
+    _within = _LOOK if _function in _CALLING else _SKIP
+    _eval_frame.set_code_exec_strategy(_function.__code__, _eval_frame._FrameExecStrategy(_SKIP, _within))
 
 
 class _Engine(StandIn):
