@@ -260,7 +260,7 @@ def main() -> None:
     torch.manual_seed(options.seed)
     torch.set_num_threads(1)
     for name, model, batch, steps in (
-        ("perceptron, 40 rows", perceptron(), torch.randn(40, 256), 40),
+        ("perceptron, 48 rows", perceptron(), torch.randn(48, 256), 40),
         ("perceptron, 96 rows", perceptron(), torch.randn(96, 256), 40),
         ("transformer d_model 64, 4 x 48 tokens", Transformer(), torch.randint(0, 256, (4, 48)), 12),
         ("transformer d_model 64, 32 x 64 tokens", Transformer(), torch.randint(0, 256, (32, 64)), 6),
