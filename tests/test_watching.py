@@ -499,3 +499,11 @@ def test_who_patches_over_it_keeps_the_patch(monkeypatch: pytest.MonkeyPatch) ->
             patch.setattr(nn.Parameter, "requires_grad_", mine)
         assert vars(nn.Parameter)["requires_grad_"] is mine
     del nn.Parameter.requires_grad_
+
+
+def test_a_meter_that_is_closed_while_its_model_is_called() -> None:
+    model = Net()
+    meter = Meter(model)
+    model.first.register_forward_pre_hook(lambda *_: meter.close())
+    assert model(rows(2)).shape == (2, 2)
+    assert SLOT not in vars(model)

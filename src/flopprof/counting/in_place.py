@@ -1,9 +1,9 @@
 """What stands before a module's own call: what `module.compile()` made of it, and who watches it.
 
 torch asks each module at every call for `_compiled_call_impl`, and calls that instead if there is one. Who stands there
-sees each call, of a module compiled in place too, outside of what was compiled; compilers do not look at it, and copies
-and pickles of the module leave it out. A hook would make torch go through every kind of hook there is, which takes ten
-times as long; and it would run inside the compiled call, where it is too late to count one.
+sees each call, of a module compiled in place too, outside of what was compiled; compilers pass it by, or are let past;
+copies and pickles of the module leave it out. A hook would make torch go through every kind of hook there is, which
+takes ten times as long; and it would run inside the compiled call, where it is too late to count one.
 """
 
 from __future__ import annotations
@@ -66,9 +66,12 @@ def alone(module: Any) -> Callable[..., Any]:
     return own if compiled is None else compiled
 
 
-def past(watcher: Watcher) -> Callable[..., Any]:
-    """What a watcher calls when it has told of the call: where this thread is counted by then, nothing compiled."""
-    own: Callable[..., Any] = watcher.callee._call_impl
+def past(watcher: Watcher, callee: Any) -> Callable[..., Any]:
+    """What a watcher calls when it has told of the call: where this thread is counted by then, nothing compiled.
+
+    callee: the watcher's, when the call began; it may have been left since.
+    """
+    own: Callable[..., Any] = callee._call_impl
     behind = watcher.behind
     if behind is not None:
         standing = vars(torch.nn.Module)[_NAME]

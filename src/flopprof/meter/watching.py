@@ -108,9 +108,9 @@ class Before(Watcher):
         repeat, root = self._repeat, self._root
         thread = repeat.thread
         if (thread and thread != _thread()) or _node() is not None:
-            return past(self)(*args, **kwargs)
+            return past(self, callee)(*args, **kwargs)
         if callee._forward_pre_hooks and self.behind is None:
-            return self._hooked(args, kwargs)
+            return self._hooked(callee, args, kwargs)
         parts: list[Any] | None = None
         if thread and len(args) <= root.bounds_at:
             if not root.fresh:
@@ -153,14 +153,14 @@ class Before(Watcher):
                 behind = self.behind
                 return callee._call_impl(*args, **kwargs) if behind is None else behind(*args, **kwargs)
         _tell(repeat, root, parts, args, kwargs)
-        return past(self)(*args, **kwargs)
+        return past(self, callee)(*args, **kwargs)
 
-    def _hooked(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _hooked(self, callee: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The result of a call that goes through hooks of the user's: they may change what the model is called with."""
         tell = Before(self._repeat, self._root, NOTHING)
-        hook = self.callee.register_forward_pre_hook(tell.hook, with_kwargs=True)
+        hook = callee.register_forward_pre_hook(tell.hook, with_kwargs=True)
         try:
-            return self.callee._call_impl(*args, **kwargs)
+            return callee._call_impl(*args, **kwargs)
         finally:
             hook.remove()
 
