@@ -17,20 +17,12 @@ from torch._dynamo.testing import CompileCounter
 
 from flopprof import FlopCounter, Meter
 from flopprof.counting.in_place import compiled_in_place
+from two_layers import Net
 
 SLOT = "_compiled_call_impl"
 FIRST, SECOND = 2 * 8 * 16, 2 * 16 * 2  # per row, forward
 EACH = 2 * FIRST + 3 * SECOND  # the input wants no gradient
 FROZEN = FIRST + 2 * SECOND  # where the first layer's weight wants none, nor what comes of it
-
-
-class Net(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.second = nn.Linear(8, 16, bias=False), nn.Linear(16, 2, bias=False)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.second(self.first(x).relu())
 
 
 class Keeping(Net):

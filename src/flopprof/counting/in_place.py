@@ -89,11 +89,8 @@ def watch(watcher: Watcher) -> None:
 def stay(watcher: Watcher) -> bool:
     """Stand there again, if somebody has set torch's attribute, which takes all away who stood there; was it so?"""
     held = watcher.callee.__dict__
-    standing = held.get(_NAME)
-    while isinstance(standing, Watcher):
-        if standing is watcher:
-            return False
-        standing = standing.behind
+    if any(standing is watcher for standing in _watchers(watcher.callee)):
+        return False
     watcher.behind = held.get(_NAME)
     held[_NAME] = watcher
     return True
@@ -104,24 +101,29 @@ def leave(module: torch.nn.Module | None, watcher: Watcher | None) -> None:
     kept.release()
     if watcher is not None:
         watcher.callee = None
-    standing: Any = None if module is None else module.__dict__.get(_NAME)
-    before = None
-    while isinstance(standing, Watcher) and standing is not watcher:
-        before, standing = standing, standing.behind
-    if module is None or watcher is None or standing is not watcher:  # somebody took all of them away
+    watchers = [] if module is None else _watchers(module)
+    if module is None or watcher is None or watcher not in watchers:  # somebody took all of them away
         return
-    if before is not None:
-        before.behind = watcher.behind
+    at = watchers.index(watcher)
+    if at:
+        watchers[at - 1].behind = watcher.behind
     else:
         _put(module, watcher.behind)
 
 
 def compiled_in_place(module: torch.nn.Module) -> Any:
     """What `module.compile()` made; None where it was not compiled."""
-    standing = module.__dict__.get(_NAME)
+    watchers = _watchers(module)
+    return watchers[-1].behind if watchers else module.__dict__.get(_NAME)
+
+
+def _watchers(module: torch.nn.Module) -> list[Watcher]:
+    """Those who stand before its call, from the outside in."""
+    found, standing = [], module.__dict__.get(_NAME)
     while isinstance(standing, Watcher):
+        found.append(standing)
         standing = standing.behind
-    return standing
+    return found
 
 
 def _eager(behind: Any) -> Watcher | None:
@@ -137,13 +139,11 @@ def _put(module: torch.nn.Module, standing: Any) -> None:
 
 def _put_compiled(module: torch.nn.Module, compiled: Any) -> None:
     """Behind those who watch."""
-    standing = module.__dict__.get(_NAME)
-    if not isinstance(standing, Watcher):
+    watchers = _watchers(module)
+    if watchers:
+        watchers[-1].behind = compiled
+    else:
         _put(module, compiled)
-        return
-    while isinstance(standing.behind, Watcher):
-        standing = standing.behind
-    standing.behind = compiled
 
 
 class UncompiledCall:
