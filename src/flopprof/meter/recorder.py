@@ -201,7 +201,7 @@ class Recorder:
             return
         step = self._step.again()
         step.batch = None
-        self._moments.append(Moment(event, step, *self.tracker.here()))
+        self._moments.append(Moment(event, self.repeat.nodes(), step, *self.tracker.here()))
 
     def end_outside(self, step: int, *, waited: float = 0.0) -> None:
         """What is evaluated between steps was over before data was waited for that long; then that step comes."""
@@ -362,7 +362,7 @@ class Recorder:
         if over:
             self.tracker.after_closure()
             return
-        self._note((self.repeat.nodes(), weakref.ref(optimizer)))
+        self._note(weakref.ref(optimizer))
         step.optimizer_steps += 1
         self._closures |= closure
         roots = self._roots

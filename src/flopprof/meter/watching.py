@@ -228,17 +228,15 @@ def _shape(item: Any) -> tuple[int, ...]:
 
 
 def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    if not _repeats or _compiling() or _node() is not None:  # in a backward: part of it
+    if not _repeats or _compiling():
         return
     closure = (len(args) > 1 or bool(kwargs)) and has_closure(args, kwargs)
     if closure:
         instruments.see_closures()
     for repeat in _repeats:
-        if repeat.thread == _thread():
-            nodes = 0 if repeat.blind else _nodes_made() - repeat.made
-            if repeat.on and not closure and (nodes, _ref(optimizer)) == repeat.events[repeat.at]:
-                repeat.at += 1
-                continue
+        if repeat.on and not closure and _ref(optimizer) == repeat.events[repeat.at]:
+            repeat.at += 1
+        elif repeat.thread == _thread() and _node() is None:  # in a backward: part of it
             listener = repeat.listener()
             if listener is not None:
                 listener.stepped(optimizer, closure=closure, over=False)
