@@ -135,7 +135,7 @@ class Before(Watcher):
                         parts = None
                         break
                 else:
-                    for name, value in kwargs.items():
+                    for name, value in kwargs.items() if kwargs else ():  # to ask costs less
                         kind = type(value)
                         if kind is _Tensor and not (
                             name.startswith(MAY_TELL_BOUNDARIES) and tells_boundaries(name, value, root.flash)
