@@ -7,8 +7,8 @@ is the least that a meter made of hooks costs, are on one of two copies of the m
 two take turns, and their median difference is told: where the copies lie in memory makes more of a difference than the
 Meter does.
 The others take blocks of steps to themselves. Each round gives a ratio to the bare steps of the same round; the median
-is printed, its standard error, and the middle half. Goal: metered at most 1.005x of bare for steps of 5 ms and more, 1.02x for 0.5 ms,
-1.01x for a compiled model, which is not compiled again.
+is printed, its standard error, and the middle half. Goal: metered at most 1.005x of bare for steps of 5 ms and more,
+1.02x for 0.5 ms, 1.01x for a compiled model, which is not compiled again.
 """
 
 from __future__ import annotations
