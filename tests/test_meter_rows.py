@@ -300,6 +300,11 @@ def test_files_with_such_names_are_read_all_the_same(tmp_path: Path) -> None:
         ('[1,2]\n{"step":1}\n', "line 1 is no record of a flopprof.Meter: Expected `object`, got `array`"),
         ('{"step":1,"ended_at":1.0,"step_time_s":1.0}\n\n', "line 1 is no record .* begins with their schema"),
         ('{"started_at":1.0,"schema":"flopprof.run/1"}\n[3]\n{}\n', "line 2 is no record"),
+        (
+            '{"started_at":1.0,"schema":"flopprof.run/1","peaks":{"float32":0.0}}\n{}\n',
+            r"line 1 is no record .* Expected `float` > 0.0 - at `\$.peaks\[...\]`",
+        ),
+        ('{"started_at":1.0,"schema":"flopprof.run/1"}\n{"step":-1,"ended_at":1.0,"step_time_s":1.0}\n{}\n', "line 2"),
     ],
 )
 def test_a_file_of_another_kind_is_told_in_a_sentence(tmp_path: Path, text: str, said: str) -> None:

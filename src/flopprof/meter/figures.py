@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from typing import Annotated
 
 import msgspec
 
 Peak = Callable[[str], float | None]
 # Steps, and what they are held against: FLOP/s by rate, and bytes per second.
 Part = tuple[Sequence["StepRecord"], Peak, float | None]
+# What a file of records says is held to these.
+Count = Annotated[int, msgspec.Meta(ge=0)]
+Rate = Annotated[float, msgspec.Meta(gt=0)]
 
 
 class StepRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, gc=False):
@@ -24,18 +28,18 @@ class StepRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, 
     effective_tokens  without padding; None where no attention mask was seen
     """
 
-    step: int
+    step: Count
     ended_at: float
     step_time_s: float
     signature: int = 0
-    flops: dict[str, tuple[int, int]] | None = None
-    bytes_moved: int = 0
-    uncounted: int = 0
-    tokens: int = 0
-    effective_tokens: int | None = None
-    samples: int = 0
-    calls: int = 0
-    optimizer_steps: int = 0
+    flops: dict[str, tuple[Count, Count]] | None = None
+    bytes_moved: Count = 0
+    uncounted: Count = 0
+    tokens: Count = 0
+    effective_tokens: Count | None = None
+    samples: Count = 0
+    calls: Count = 0
+    optimizer_steps: Count = 0
     data_wait_s: float = 0.0
     evaluation_s: float = 0.0
     paused_s: dict[str, float] = {}

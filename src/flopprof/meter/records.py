@@ -11,7 +11,7 @@ from pathlib import Path
 import msgspec
 
 from flopprof.errors import UsageError
-from flopprof.meter.figures import StepRecord
+from flopprof.meter.figures import Count, Rate, StepRecord
 
 logger = logging.getLogger(__name__)
 
@@ -31,8 +31,8 @@ class RunStart(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     device: str = ""
     peak: str = ""
     peak_measured: bool = False
-    peaks: dict[str, float] = {}
-    bytes_per_s: float | None = None
+    peaks: dict[str, Rate] = {}
+    bytes_per_s: Rate | None = None
     reason: str = ""
     rank: int = 0
     world_size: int = 1
@@ -44,7 +44,7 @@ class RunStart(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 class RunPeaks(msgspec.Struct, frozen=True, kw_only=True):
     """Peaks of rates that were not met before."""
 
-    peaks: dict[str, float]
+    peaks: dict[str, Rate]
     reason: str = ""
 
 
@@ -53,7 +53,7 @@ class RunBetween(msgspec.Struct, frozen=True, kw_only=True):
 
     between: str
     seconds: float
-    step: int
+    step: Count
     ended_at: float
 
 
