@@ -25,7 +25,7 @@ def typed(name: str) -> Device:
     names = list(dict.fromkeys(_typed()[tuple(text.split(" "))].name for text in near))[:_SUGGESTED]
     meant = f" Near: {', '.join(names)}." if names else ""
     raise UnknownDevice(
-        f"no device of the table goes by {name!r}: `flopprof peaks` lists them; else pass peak=... in FLOP/s.{meant}"
+        f"no device of the table goes by {name!r}: `flopprof peaks` lists them; else give its peak in FLOP/s.{meant}"
     )
 
 
