@@ -116,6 +116,43 @@ def test_a_backward_pass_is_told_by_what_it_goes_down_to() -> None:
     assert metered([model], step, blocks) == [hand[block] for block in blocks]
 
 
+# --- parameters of the caller's ---------------------------------------------------------------------------------------
+def test_gradients_of_its_own_parameters_though_it_is_called_with_others() -> None:
+    first, second = linear(4, 8), linear(8, 2)
+    model = nn.Sequential(first, second)
+
+    def step(block: nn.Linear) -> None:
+        noisy = {name: parameter + 1 for name, parameter in model.named_parameters()}
+        loss = torch.func.functional_call(model, noisy, (torch.randn(3, 4),)).sum()
+        torch.autograd.grad(loss, [block.weight])
+
+    forward, once = 2 * 3 * (4 * 8 + 8 * 2), 2 * 3 * 8 * 2
+    hand = {second: forward + once, first: forward + once + 2 * 3 * 4 * 8}
+    blocks = [block for block in (first, second, first, second) for _ in range(5)]
+    assert metered([model], step, blocks) == [hand[block] for block in blocks]
+
+
+def test_a_step_of_maml_of_second_order_is_counted_once() -> None:
+    model = linear(8, 4)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def step() -> None:
+        weights = dict(model.named_parameters())
+        loss = torch.func.functional_call(model, weights, (torch.randn(3, 8),)).square().sum()
+        gradients = torch.autograd.grad(loss, [*weights.values()], create_graph=True)
+        fast = {name: weights[name] - 0.1 * gradient for name, gradient in zip(weights, gradients, strict=True)}
+        torch.func.functional_call(model, fast, (torch.randn(3, 8),)).square().sum().backward()
+        optimizer.step()
+
+    with Meter(model) as meter:
+        for _ in range(10):
+            with meter.step():
+                step()
+        # Forward and gradient of either loss; behind the first gradient, its own to the output and on to the weight.
+        assert flops(meter) == [6 * 2 * 3 * 8 * 4] * 10
+        assert ["counted" in record.left_out for record in meter.records] == [True] + [False] * 9
+
+
 # --- sizes that shapes do not show ------------------------------------------------------------------------------------
 def test_a_dimension_that_vmap_hides_is_seen() -> None:
     model = linear(8, 3)

@@ -425,18 +425,21 @@ def test_autocast(model: Two) -> None:
         assert whole.mfu == (4 * TRAINED / 4e9 + 4 * TRAINED / 1e9) / 2.0
 
 
-def test_checkpointing_on_and_off(model: Two) -> None:
-    """The inputs are the same: only what autograd recorded tells."""
+@pytest.mark.parametrize("after", [2, 7])
+def test_checkpointing_on_and_off(model: Two, after: int) -> None:
+    """The inputs are the same: only what autograd recorded tells, in the backward."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
     with Meter(model) as meter:
-        for i in range(12):
-            model.checkpointed = i % 4 >= 2
+        for i in range(6 * after):
+            model.checkpointed = i // after % 2 == 1
             with meter.step():
                 model(rows(3)).sum().backward()
+                optimizer.step()
         meter.summary()
-        assert flops(meter) == [3 * TRAINED] * 12
+        assert flops(meter) == [3 * TRAINED] * 6 * after
         recompute = [(r.hardware_flops or 0) - (r.model_flops or 0) for r in meter.records]
-        assert recompute == [0, 0, 3 * EACH, 3 * EACH] * 3
-        assert counted(meter) == [0, 3]  # the first checkpointed one told that it was another kind
+        assert recompute == ([0] * after + [3 * EACH] * after) * 3
+        assert counted(meter) == [0, after + 1]  # the first checkpointed one told that it was another kind
 
 
 def test_frozen_then_unfrozen(model: Two) -> None:

@@ -23,7 +23,7 @@ class Roots(list[Root]):
 
     def placed(self, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         """What `told_inputs` told, with the places of the models' parameters for their ids."""
-        parameters = (parameter for root in self for parameter in root.parameters)
+        parameters = (parameter for root in self for parameter in root.owned())
         places = {id(parameter): place for place, parameter in enumerate(parameters)}
         return tuple(places.get(item, -1) if isinstance(item, int) else item for item in inputs)
 

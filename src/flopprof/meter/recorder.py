@@ -146,6 +146,7 @@ class Recorder:
             self._rebuilt, self._looked = False, 0
             for root in self._roots:
                 root.refresh()
+                root.own = None
         if self.between.start is not None:
             self.end_outside(step.number, waited=step.data_wait_s)
         step.compilations = instruments.compilations
@@ -201,7 +202,7 @@ class Recorder:
             return
         step = self._step.again()
         step.batch = None
-        self._moments.append(Moment(event, self.repeat.nodes(), step, *self.tracker.here()))
+        self._moments.append(Moment(event, step, *self.tracker.here()))
 
     def end_outside(self, step: int, *, waited: float = 0.0) -> None:
         """What is evaluated between steps was over before data was waited for that long; then that step comes."""
@@ -236,7 +237,7 @@ class Recorder:
         for root in self._roots:
             if id(module) in root.parts:
                 root.stale = self._rebuilt = True
-                root.fresh = False
+                root.fresh, root.own = False, None
                 self.repeat.left = min(self.repeat.left, 0)
 
     def frozen(self) -> None:
@@ -285,9 +286,11 @@ class Recorder:
         """A call that is not known to follow here."""
         step = self._step
         assert step is not None
-        shaped = root.shaped
+        shaped, held = root.shaped, root.parameters
         root.refresh()
         root.renew()
+        if list(map(id, held)) != list(map(id, root.parameters)):  # for this call alone, if by functional_call
+            self._rebuilt = True
         if root.shaped != shaped:  # nobody told of that: the event is of what it was
             event = None
         structure, ints = arguments(args, kwargs, root.flash, root.names)
@@ -362,7 +365,7 @@ class Recorder:
         if over:
             self.tracker.after_closure()
             return
-        self._note(weakref.ref(optimizer))
+        self._note((self.repeat.nodes(), weakref.ref(optimizer)))
         step.optimizer_steps += 1
         self._closures |= closure
         roots = self._roots

@@ -120,7 +120,7 @@ class Root:
 
     __slots__ = (
         "__weakref__", "_asked", "_casts", "_flags", "_shapes", "apart", "bounds_at", "device", "first", "flash",
-        "fresh", "index", "module", "names", "number", "parameters", "parts", "shaped", "stale", "trained",
+        "fresh", "index", "module", "names", "number", "own", "parameters", "parts", "shaped", "stale", "trained",
         "two_stacks",
     )  # fmt: skip
 
@@ -128,7 +128,8 @@ class Root:
         self.module, self.index = module, index
         self.trained = False
         self._flags: list[bool] | None = None
-        self.parameters: list[torch.nn.Parameter] = []
+        self.parameters: list[torch.nn.Parameter] = []  # that it held when they were looked up, perhaps in a call
+        self.own: list[torch.nn.Parameter] | None = None  # that it holds between its calls; None: not looked up
         self.first: torch.nn.Parameter | None = None
         self.fresh = False  # no parameter was replaced, frozen or thawed since they were looked at
         self.stale = False  # a part of it was replaced
@@ -177,10 +178,16 @@ class Root:
             self._flags = flags
             self.number = number(repr((flags, self._shapes)))
 
+    def owned(self) -> list[torch.nn.Parameter]:
+        """Its parameters, asked for where it is not being called: functional_call puts others there meanwhile."""
+        if self.own is None:
+            self.own = list(self.module.parameters())
+        return self.own
+
     def forget(self) -> None:
         """Keep no parameter alive."""
         self.parameters.clear()
-        self.first = None
+        self.own = self.first = None
 
 
 _CLOSED = (type, torch.nn.Module, types.FunctionType, types.MethodType, types.BuiltinFunctionType)

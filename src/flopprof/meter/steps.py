@@ -81,10 +81,9 @@ def _open_modes() -> tuple[int, ...]:
 
 
 class Moment(NamedTuple):
-    """Where a step is when an event comes. made: nodes that autograd made since the step's start."""
+    """Where a step is when an event comes, which begins with how many nodes autograd made since the step's start."""
 
     event: Any
-    made: int
     step: OpenStep
     segment: Segment | None
     segments: int  # that are over
@@ -118,8 +117,7 @@ class Repeat:
     thread  that a step is open in, repeated or not; 0 between steps
     on      one is under way that was the same so far
     left    so many steps may be repeated before one is followed at length; below 0: not even the one under way
-    events  of the step before: calls and backward passes with the nodes that autograd had made in the step, optimizers
-            by reference; at last, how many nodes it made in all
+    events  of the step before, each with the nodes that autograd had made in the step; at last, all of those
     at      so many of these have come
     made    nodes that there were at the start
     blind   numbers of nodes tell nothing
@@ -219,7 +217,7 @@ class Repeat:
         moment = self._moments[self.at]
         step = moment.step.again()
         step.start, step.data_wait_s, step.compilations = self._start, self.waited, self._compilations
-        made = self.made + (self._moments[self.at - 1].made if self.at else 0)
+        made = self.made + (self.events[self.at - 1][0] if self.at else 0)
         # Of a mode that was not open then and is open now, it is not known whether it was opened in this step.
         now = _open_modes()
         modes = len(now) if now in (self._modes, ()) else -1

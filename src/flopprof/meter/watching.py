@@ -234,9 +234,11 @@ def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> No
     if closure:
         instruments.see_closures()
     for repeat in _repeats:
-        if repeat.on and not closure and _ref(optimizer) == repeat.events[repeat.at]:
-            repeat.at += 1
-        elif repeat.thread == _thread() and _node() is None:  # in a backward: part of it
+        if repeat.thread == _thread() and _node() is None:  # in a backward: part of it
+            nodes = 0 if repeat.blind else _nodes_made() - repeat.made  # the backward makes some where it recomputes
+            if repeat.on and not closure and (nodes, _ref(optimizer)) == repeat.events[repeat.at]:
+                repeat.at += 1
+                continue
             listener = repeat.listener()
             if listener is not None:
                 listener.stepped(optimizer, closure=closure, over=False)
