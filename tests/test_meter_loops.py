@@ -799,8 +799,31 @@ def test_recount_every_finds_what_shapes_do_not_tell(caplog: pytest.LogCaptureFi
         each = 2 * 3 * WIDTH * WIDTH
         assert flops(meter) == [each] * 4 + [2 * each] * 5
         assert counted(meter) == [0, 4, 8]
-        assert "1 counts differed" in meter.summary().notes[0]
+        assert "1 of the counts differed" in meter.summary().notes[0]
     assert "its signature does not tell all" in caplog.text
+
+
+def test_an_operator_without_a_formula_that_comes_later_is_no_other_count(caplog: pytest.LogCaptureFixture) -> None:
+    class Sorts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Linear(WIDTH, WIDTH)
+            self.decomposes = False
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.linalg.eigvals(self.a(x)).real if self.decomposes else self.a(x)
+
+    model = Sorts().eval()
+    with Meter(model, recount_every=4) as meter, torch.no_grad():
+        for i in range(9):
+            model.decomposes = i >= 3
+            with meter.step():
+                model(rows(WIDTH))
+        assert flops(meter) == [2 * WIDTH**3] * 9
+        assert counted(meter) == [0, 4, 8]
+        summary = meter.summary()
+        assert summary.uncounted and not any("differed" in note for note in summary.notes)
+    assert not caplog.text
 
 
 # --- copies and resuming --------------------------------------------------------------------------------------------

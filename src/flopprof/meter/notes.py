@@ -14,6 +14,6 @@ WIDENED = (
 )
 CLOSURES = "what an optimizer with a closure multiplies itself depends on its state, and is in no count."
 CORRECTED = (
-    "{} counts differed from an earlier one of the same signature: work depends on something that shapes do not tell; "
-    "recount_every= narrows it down."
+    "{} of the counts differed from an earlier one of the same signature: work depends on something that shapes do not "
+    "tell; recount_every= narrows it down."
 )

@@ -203,7 +203,7 @@ class Place:
         return found
 
     def learn(self, done: Done, work: Work) -> Work | None:
-        """Note a count; returns the other one that was held true here until now, if there was one."""
+        """Note a count; returns the other one of FLOPs that was held true here until now, if there was one."""
         before, done.work = done.work, work
         self.note(done.ints, work)
         if before is None or before.numbers() == work.numbers():
@@ -213,7 +213,7 @@ class Place:
                 other.work = self.known.get(other.ints)
         for start in self.starts.values():
             start.known = bool(start.counts) and not start.missed
-        return before
+        return None if before.flops == work.flops else before
 
     def note(self, ints: Ints, work: Work) -> None:
         """A count is true here."""
