@@ -15,7 +15,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 
-from flopprof import FlopCounter, Profile
+from flopprof import FlopCounter, Profile, count
 
 pytestmark = [
     pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="this torch has no gloo"),
@@ -92,6 +92,23 @@ def tensor_parallel_again() -> Profile:
     return trained(model)
 
 
+def tensor_parallel_once() -> Profile:
+    """`count` leaves the shards and the optimizer as they were."""
+    model = _tensor_parallel()
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.randn(BATCH, WIDTH)).sum().backward()
+    optimizer.step()
+
+    def state() -> list[torch.Tensor]:
+        moments = [state["exp_avg"] for state in optimizer.state.values()]
+        return [tensor.full_tensor().clone() for tensor in (*model.parameters(), *moments)]
+
+    before = state()
+    profile = count(model, torch.randn(BATCH, WIDTH), backward=True, optimizer=optimizer)
+    assert all(map(torch.equal, before, state()))
+    return profile
+
+
 def sharded_matmul() -> Profile:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
@@ -116,6 +133,7 @@ EXPECTED: dict[Callable[[], Profile], Any] = {
     fully_sharded: REPLICATED,
     tensor_parallel: SHARED,
     tensor_parallel_again: SHARED,
+    tensor_parallel_once: SHARED,
     sharded_matmul: ({"": EACH // RANKS}, {"": 0}),
 }
 

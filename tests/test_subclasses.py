@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils._pytree import tree_map_only
 
-from flopprof import FlopCounter, Profile
+from flopprof import FlopCounter, Profile, count
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*:DeprecationWarning",
@@ -85,6 +85,31 @@ def test_wrapper_under_inference_mode() -> None:
     a, b = operands()
     with torch.inference_mode():
         assert counted(lambda: F.linear(Wrapper(a), Wrapper(b.t().contiguous()))).forward_flops == PRODUCT
+
+
+def test_a_wrapper_that_a_forward_writes_to_is_as_before() -> None:
+    class Written(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 5)
+            self.register_buffer("calls", Wrapper(torch.zeros(1)))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.calls.inner += 1
+            return self.layer(x)
+
+    model = Written()
+    calls = model.calls.inner
+    profile = count(model, Wrapper(torch.randn(3, 4)))
+    assert profile.by_module() == {"": PRODUCT, "layer": PRODUCT}
+    assert model.calls.inner is calls
+    assert calls.item() == 0
+
+
+def test_a_jagged_input() -> None:
+    rows = torch.nested.nested_tensor([torch.randn(n, 4) for n in (1, 2)], layout=torch.jagged)
+    profile = count(nn.Linear(4, 5), rows, backward=True)
+    assert (profile.forward_flops, profile.backward_flops) == (PRODUCT, PRODUCT)
 
 
 def test_a_wrapped_parameter_keeps_its_name() -> None:

@@ -140,7 +140,11 @@ class Keep:
         if storage.device.type == "meta" or storage._cdata in self._saved:
             return
         self._saved.add(storage._cdata)
-        before = storage.clone()
+        try:
+            before = storage.clone()
+        except RuntimeError:  # a wrapper has none of its own
+            self._wrapped(tensor)
+            return
 
         def undo() -> None:
             if storage.nbytes() != before.nbytes():
@@ -148,6 +152,15 @@ class Keep:
             storage.copy_(before)
 
         self._undo.append(undo)
+
+    def _wrapped(self, wrapper: torch.Tensor) -> None:
+        """What a subclass holds its elements in: DTensor, nested tensors that are jagged, masked ones."""
+        flatten = getattr(wrapper, "__tensor_flatten__", None)
+        for name in list(vars(wrapper)) if flatten is None else flatten()[0]:
+            part = getattr(wrapper, name)
+            if isinstance(part, torch.Tensor):
+                self._undo.append(partial(setattr, wrapper, name, part))
+                self.values(part)
 
     def restore(self) -> None:
         """Put everything back, the latest first; all the rest also where one thing cannot be. Raises then."""
