@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from flopprof.counting import questions
+from flopprof.counting.refused import shaped
 from flopprof.formulas import RULES
 from flopprof.formulas.elementwise import ELEMENTWISE, Elementwise
 from flopprof.formulas.free import FREE, FREE_NAMESPACES, UNCOUNTED
@@ -109,7 +110,7 @@ class Entry:
         self.func = func  # also keeps id(func) from being taken by another operator
         self.name = name
         self.kind = kind
-        self.call: Callable[..., Any] = BINDINGS.get(func) or getattr(func, "_op", func)
+        self.call: Callable[..., Any] = BINDINGS.get(func) or shaped(name, getattr(func, "_op", func))
         if questions.asks(func):
             self.call = questions.watched(self.call)
         self.formula: Formula = _no_formula
