@@ -3,11 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 _TYPES = (torch.float16, torch.float32)
+
+
+def accepted() -> AbstractContextManager[Any]:
+    """What runs inside on meta is refused nothing, though no counter is open."""
+    return _Shaped() if _refuses() else nullcontext()
+
+
+@cache
+def _refuses() -> bool:
+    """Does this torch need help?"""
+    a, ends = torch.empty(4, 4, device="meta"), torch.empty(2, dtype=torch.int32, device="meta")
+    try:
+        torch.ops.aten._grouped_mm(a, a.expand(2, 4, 4), ends)
+    except (AttributeError, RuntimeError):
+        return True
+    return False
+
+
+class _Shaped(TorchDispatchMode):
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        return True
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func._schema.name if isinstance(func, torch._ops.OpOverload) else ""
+        return shaped(name, func)(*args, **(kwargs or {}))
 
 
 def shaped(name: str, call: Callable[..., Any]) -> Callable[..., Any]:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from flopprof.counting.refused import shaped
 from flopprof.models.hf_quantised import STORED_BYTES
 
 _LOOKUPS = frozenset({"aten::embedding", "aten::index_select", "aten::index", "aten::gather", "aten::embedding_bag"})
@@ -95,14 +96,14 @@ class Reads(TorchDispatchMode):
         return True
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        if not _is_view(func) and not _is_empty(out):
-            self._note(func, args, kwargs or {}, out)
-        return out
-
-    def _note(self, func: Any, args: Any, kwargs: Mapping[str, Any], out: Any) -> None:
         schema = getattr(func, "_schema", None)
         name = schema.name if schema is not None else ""
+        out = shaped(name, func)(*args, **(kwargs or {}))
+        if not _is_view(func) and not _is_empty(out):
+            self._note(name, args, kwargs or {}, out)
+        return out
+
+    def _note(self, name: str, args: Any, kwargs: Mapping[str, Any], out: Any) -> None:
         for tensor in _tensors((*args, *kwargs.values())):
             try:
                 key = self._names.get(tensor.untyped_storage()._cdata)

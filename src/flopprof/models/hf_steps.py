@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from msgspec.structs import replace as with_fields
 
+from flopprof.counting.refused import accepted
 from flopprof.counting.runtime import FlopCounter
 from flopprof.counting.values import carried, moved
 from flopprof.errors import UsageError
@@ -145,7 +146,7 @@ class Session:
         encoder = self._model.get_encoder() if self._made.paired else None
         hook = None if encoder is None else encoder.register_forward_hook(lambda *call: encoded.append(call[-1]))
         try:
-            with watch or nullcontext():
+            with watch or accepted():
                 found = None if self._memo.given else cache_in(self._model(**kwargs))
                 if found is None and "past_key_values" in self._made.taken and not self._made.paired:
                     found = self._given(kwargs)
