@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 import flopprof
 from flopprof.errors import UsageError
@@ -358,7 +357,6 @@ def test_sound_is_heard_once(made: Any) -> None:
 
 
 # --- every kind, on meta and on the CPU -------------------------------------------------------------
-GROUPED = {"mixtral", "qwen3_moe", "deepseek_v3", "jamba"}
 SAMPLE = {"mistral", "mixtral", "deepseek_v3", "mamba", "jamba", "recurrent_gemma", "t5", "whisper"}
 
 
