@@ -214,3 +214,24 @@ def test_backward_hooks_that_multiply_belong_to_their_module() -> None:
     profile = counted(train(model), model=model)
     assert own(profile, "forward") == {"0": L, "1": L, "2": L}
     assert own(profile, "backward") == {"0": 2 * L, "1": 2 * L + 2 * S, "2": 2 * L}
+
+
+def test_a_model_that_is_gone_before_its_counter_closes_keeps_its_parameters() -> None:
+    def train() -> None:
+        model = nn.Sequential(nn.Linear(8, 16), nn.Sequential(nn.ReLU(), nn.Linear(16, 4, bias=False)))
+        model[0].bias.requires_grad_(False)
+        model(torch.randn(2, 8)).sum().backward()
+
+    with FlopCounter() as counter:
+        train()
+    profile = counter.profile
+    assert {row.name: row.shape for row in profile.parameters} == {
+        "Sequential.0.weight": (16, 8), "Sequential.0.bias": (16,), "Sequential.1.1.weight": (4, 16),
+    }  # fmt: skip
+    assert (profile.n_params, profile.n_params_trainable) == (8 * 16 + 16 + 16 * 4, 8 * 16 + 16 * 4)
+    assert {row.fqn: (row.parameters, row.own_parameters) for row in profile.modules} == {
+        "": (0, 0), "Sequential": (208, 0), "Sequential.0": (144, 144), "Sequential.1": (64, 0),
+        "Sequential.1.0": (0, 0), "Sequential.1.1": (64, 64),
+    }  # fmt: skip
+    ledger = profile.reconcile(tokens=2)
+    assert (ledger.measured_flops, ledger.term_flops()["never_multiplied"], ledger.residual) == (768, -64, 0)

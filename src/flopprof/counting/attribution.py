@@ -18,6 +18,8 @@ from typing import Any
 import torch
 
 from flopprof.counting.operands import Sources
+from flopprof.counting.parameters import unique_parameters
+from flopprof.rows import ParameterRow
 
 _WRAPPERS = {"DataParallel", "DistributedDataParallel", "FullyShardedDataParallel"}
 _WRAPPED_ATTRIBUTES = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
@@ -33,7 +35,7 @@ _KEPT_PASSES = 8
 class Frame:
     """A module under one name (or a region): what FLOPs are charged to."""
 
-    __slots__ = ("calls", "children", "cls", "fqn", "line", "module", "output_shape", "parameters", "visible")
+    __slots__ = ("calls", "children", "cls", "fqn", "line", "module", "output_shape", "parameters", "seen", "visible")
 
     def __init__(self, fqn: str, cls: str, module: torch.nn.Module | None = None) -> None:
         self.fqn = fqn
@@ -45,6 +47,7 @@ class Frame:
         self.calls = 0
         self.output_shape: tuple[int, ...] | None = None
         self.parameters: tuple[int, int] | None = None  # (with children, own), once measured
+        self.seen: tuple[ParameterRow, ...] = ()  # with children, of one that nobody may hold when it is measured
 
     def own(self) -> list[tuple[str, torch.nn.Parameter]]:
         """The parameters that the module has itself now, by their whole names."""
@@ -102,11 +105,15 @@ class Names:
 
     def _resolve(self, parent: Frame, module: torch.nn.Module) -> Frame:
         fqns = self._known(module)
-        if not fqns:
+        adopted = not fqns
+        if adopted:
             fqns = self._adopt(parent, module)
             if not fqns:
                 return parent
-        return self._frame(_nearest(fqns, parent.fqn), type(module).__name__, module)
+        frame = self._frame(_nearest(fqns, parent.fqn), type(module).__name__, module)
+        if adopted:
+            frame.seen = unique_parameters(walk(module, frame.fqn))
+        return frame
 
     def _adopt(self, parent: Frame, module: torch.nn.Module) -> list[str]:
         owner = parent.module() if parent.module is not None else None

@@ -24,10 +24,10 @@ from flopprof.counting.graph_export import Exported, export, read
 from flopprof.counting.graph_rows import Rows, step_cost
 from flopprof.counting.graph_walk import Walk
 from flopprof.counting.guesses import named
+from flopprof.counting.parameters import dtype_name
 from flopprof.counting.placing import moved_to_meta, outermost
 from flopprof.counting.preserve import modules_within, preserved
 from flopprof.counting.runtime import FlopCounter
-from flopprof.counting.tally import dtype_name
 from flopprof.counting.values import carried, on_meta
 from flopprof.errors import Untraceable, UsageError
 from flopprof.profile import Attention, ModuleRow, Profile

@@ -21,7 +21,7 @@ from flopprof.counting.graph_backward import (
 )
 from flopprof.counting.operands import Source
 from flopprof.counting.operators import Kind, is_composite
-from flopprof.counting.tally import dtype_name
+from flopprof.counting.parameters import dtype_name
 from flopprof.formulas import Cost, LengthsUnknown
 from flopprof.formulas.elementwise import elementwise_flops
 from flopprof.profile import ElementwiseRow, Operand, OperatorRow, Phase, Profile, UncountedRow

@@ -15,6 +15,7 @@ from flopprof.counting.idle import idle_experts
 from flopprof.counting.lines import shorten
 from flopprof.counting.operands import Source
 from flopprof.counting.operators import Entry
+from flopprof.counting.parameters import dtype_name, elements, held, packed, unique_parameters
 from flopprof.counting.routing import Seen
 from flopprof.profile import (
     Attention,
@@ -97,10 +98,11 @@ class Tally:
         ordered = _in_order(frames, model)
         _measure(ordered, model)
         modules = _modules(ordered, model)
-        parameters = _unique_parameters(modules)
-        packed = sum(_packed(module) for _name, module in modules)
-        if _elements(parameters) + packed >= _elements(self._parameters) + self._packed:
-            self._parameters, self._packed = parameters, packed
+        parameters = unique_parameters(modules)
+        parameters += _of_those_that_are_gone(ordered, {row.name for row in parameters})
+        in_packs = sum(packed(module) for _name, module in modules)
+        if elements(parameters) + in_packs >= elements(self._parameters) + self._packed:
+            self._parameters, self._packed = parameters, in_packs
         return ordered
 
     def profile(
@@ -122,8 +124,8 @@ class Tally:
             assumptions=tuple(self.assumptions),
             attention=attention,
             device=self.device or "cpu",
-            n_params=_elements(self._parameters) + self._packed,
-            n_params_trainable=_elements(row for row in self._parameters if row.trainable),
+            n_params=elements(self._parameters) + self._packed,
+            n_params_trainable=elements(row for row in self._parameters if row.trainable),
             parameters=self._parameters,
             torch_version=str(torch.__version__),
         )
@@ -231,11 +233,6 @@ def _size(shape: Any) -> int:
     return size
 
 
-def dtype_name(dtype: torch.dtype) -> str:
-    """`torch.float32` -> `float32`."""
-    return str(dtype).removeprefix("torch.")
-
-
 def _module_row(frame: Frame) -> ModuleRow:
     total, own = frame.parameters or (0, 0)
     return ModuleRow(
@@ -264,18 +261,19 @@ def _measure(frames: Iterable[Frame], model: torch.nn.Module | None) -> None:
         if frame.fqn == "" and model is not None:
             module = unwrap(model)
         if module is not None:
-            total = own = _held(module)
-            if module._modules:
-                within = list(module.modules())
-                unique = {id(p): p for part in within for p in part._parameters.values() if p is not None}
-                total = sum(map(_numel, unique.values())) + sum(map(_packed, within))
-            frame.parameters = (total, own)
+            frame.parameters = held(module)
 
 
-def _held(module: torch.nn.Module) -> int:
-    """Elements of a module's own parameters."""
-    own = {id(p): p for p in module._parameters.values() if p is not None}
-    return sum(map(_numel, own.values())) + _packed(module)
+def _of_those_that_are_gone(frames: list[Frame], known: set[str]) -> tuple[ParameterRow, ...]:
+    """The parameters of modules that nobody holds any more, as they were when those were first called."""
+    gone = [row for frame in frames if frame.module and frame.module() is None for row in frame.seen]
+    rows = tuple({row.name: row for row in gone if row.name not in known}.values())
+    for frame in frames if rows else ():
+        within = [row for row in rows if row.name.startswith(f"{frame.fqn}.")]
+        if frame.parameters is None and within:
+            own = elements(row for row in within if row.name.rpartition(".")[0] == frame.fqn)
+            frame.parameters = (elements(within), own)
+    return rows
 
 
 def _modules(frames: Iterable[Frame], model: torch.nn.Module | None) -> list[tuple[str, torch.nn.Module]]:
@@ -291,40 +289,3 @@ def _modules(frames: Iterable[Frame], model: torch.nn.Module | None) -> list[tup
             for name, module in walk(root, fqn):
                 found.setdefault(id(module), (name, module))
     return list(found.values())
-
-
-def _unique_parameters(modules: Iterable[tuple[str, torch.nn.Module]]) -> tuple[ParameterRow, ...]:
-    """Tied ones once; those that are not initialised yet have no shape, and no row."""
-    unique: dict[int, ParameterRow] = {}
-    modules = list(modules)
-    looked_up = {id(module.weight) for _fqn, module in modules if isinstance(module, torch.nn.Embedding)}
-    for fqn, module in modules:
-        for key, parameter in module._parameters.items():
-            if parameter is not None and id(parameter) not in unique and _numel(parameter):
-                unique[id(parameter)] = ParameterRow(
-                    name=f"{fqn}.{key}" if fqn else key,
-                    shape=tuple(parameter.shape),
-                    dtype=dtype_name(parameter.dtype),
-                    trainable=parameter.requires_grad,
-                    embedding=id(parameter) in looked_up,
-                )
-    return tuple(unique.values())
-
-
-def _elements(parameters: Iterable[ParameterRow]) -> int:
-    return sum(parameter.numel for parameter in parameters)
-
-
-def _packed(module: torch.nn.Module) -> int:
-    """Elements of the weight and bias that a quantised module of torch's own keeps packed, as no Parameter."""
-    if not type(module).__module__.startswith("torch.ao.nn."):
-        return 0
-    with torch._C._DisableTorchDispatch():  # unpacking is no part of what is counted
-        values = [value() for name in ("weight", "bias") if callable(value := getattr(module, name, None))]
-    return sum(value.numel() for value in values if isinstance(value, torch.Tensor))
-
-
-def _numel(parameter: torch.nn.Parameter) -> int:
-    if type(parameter) is not torch.nn.Parameter and torch.nn.parameter.is_lazy(parameter):
-        return 0
-    return parameter.numel()
