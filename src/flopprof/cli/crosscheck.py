@@ -48,7 +48,9 @@ def crosscheck(
     if not result.agree:
         modules = list(dict.fromkeys(found.module or "(root)" for found in result.disagreements))
         more = f" and {len(modules) - _NAMED} more" if len(modules) > _NAMED else ""
+        guessing = {reading.counter for reading in result.readings if reading.own and reading.assumptions}
+        guessed = guessing.issuperset(found.engine for found in result.disagreements)
         raise EnginesDisagree(
             f"flopprof's own engines disagree on {wanted.target} in {', '.join(modules[:_NAMED])}{more}: "
-            "please report it."
+            f"{'one of them had to assume something, see there.' if guessed else 'please report it.'}"
         )

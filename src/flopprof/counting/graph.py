@@ -18,6 +18,7 @@ from flopprof.counting.attribution import Frame
 from flopprof.counting.closed import closed
 from flopprof.counting.count import count
 from flopprof.counting.ends import own_inputs, to_differentiate
+from flopprof.counting.exported_code import EXPORTED, asking
 from flopprof.counting.fold_charge import ordered
 from flopprof.counting.gradients import Flow, Severed, Value, reach, tensors_of
 from flopprof.counting.graph_export import Exported, export, read
@@ -167,6 +168,7 @@ def _by_export(model: nn.Module, args: Any, kwargs: Any, wish: Wish) -> Profile:
         except Exception as error:
             raise _untraceable("torch.export", model, error) from error
         rows, assumptions = _read(exported, wish.backward, wish.lines)
+    assumptions += [EXPORTED.format(name) for name in asking(model)]
     profile = rows.extend(counter.profile)
     return msgspec.structs.replace(profile, assumptions=(*profile.assumptions, *assumptions))
 
