@@ -25,6 +25,7 @@ from flopprof.models import Workload
 from zoo import ZOO
 
 NETS = Path(__file__).parent / "sample_models" / "nets.py"
+EXPORTED = NETS.with_name("exported.py")
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`torch.jit"),
@@ -327,6 +328,15 @@ def test_engines_that_disagree_are_told_by_module(monkeypatch: pytest.MonkeyPatc
     assert "flopprof's own engines disagree on" in result.stderr
     assert " in down: please report it." in result.stderr
     assert re.search(r"^ +down, forward: flopprof trace, fx 262, count 256$", result.stdout, re.MULTILINE)
+
+
+def test_a_model_that_runs_other_code_where_it_is_exported() -> None:
+    result = run("crosscheck", f"{EXPORTED}:Asks", "--input", "2x8")
+    assert result.exit_code == 1
+    assert " in down: one of them had to assume something, see there." in result.stderr
+    told = " ".join(result.stdout.split())
+    assert "assumed: exported.py asks whether it is exported, and may run other code then: that is" in told
+    assert re.search(r"^ +down, forward: flopprof trace, export 256, count 128$", result.stdout, re.MULTILINE)
 
 
 def test_folded_blocks_are_another_way_to_the_same_counts() -> None:
