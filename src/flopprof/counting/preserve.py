@@ -159,7 +159,7 @@ class Keep:
         for name in list(vars(wrapper)) if flatten is None else flatten()[0]:
             part = getattr(wrapper, name)
             if isinstance(part, torch.Tensor):
-                self._undo.append(partial(setattr, wrapper, name, part))
+                self._undo.append(partial(_hold, wrapper, name, part))
                 self.values(part)
 
     def restore(self) -> None:
@@ -176,6 +176,12 @@ class Keep:
         self._saved.clear()
         if failed is not None:
             raise failed
+
+
+def _hold(wrapper: torch.Tensor, name: str, part: torch.Tensor) -> None:
+    """A wrapper holds again what it held."""
+    if getattr(wrapper, name, None) is not part:
+        setattr(wrapper, name, part)
 
 
 def _cut(tensor: torch.Tensor, wanted: bool) -> None:
