@@ -264,7 +264,7 @@ def main() -> None:
         ("perceptron, 48 rows", perceptron(), torch.randn(48, 256), 40),
         ("perceptron, 96 rows", perceptron(), torch.randn(96, 256), 40),
         ("transformer d_model 64, 4 x 48 tokens", Transformer(), torch.randint(0, 256, (4, 48)), 40),
-        ("transformer d_model 64, 32 x 64 tokens", Transformer(), torch.randint(0, 256, (32, 64)), 10),
+        ("transformer d_model 64, 32 x 64 tokens", Transformer(), torch.randint(0, 256, (32, 64)), 6),
     ):
         step = training_step(model, batch)
         blocks = {"FlopCounterMode left on": with_mode(step)}
