@@ -183,6 +183,14 @@ LAYER_CASES = [
         715,
         "cells 5 x 7 + 4 x 5 = 55, 13 each",
     ),
+    Case(
+        "_ctc_loss",
+        lambda: aten._ctc_loss.Tensor(
+            ones(5, 2, 4), torch.ones(2, 3, dtype=torch.long), torch.tensor([5, 4]), torch.tensor([3, 2])
+        ),
+        715,
+        "as with lists",
+    ),
     Case("_ctc_loss_backward", ctc_backward, 1275, "55 cells x 21, 40 probabilities x 3"),
     # scattered additions
     Case(

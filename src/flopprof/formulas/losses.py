@@ -73,9 +73,20 @@ def multi_margin_loss(
 
 def _lattice(log_probs: Shaped, input_lengths: Any, target_lengths: Any) -> int:
     """Cells (time, position in blank-separated target) of a batch."""
-    if not isinstance(input_lengths, Sequence) or not isinstance(target_lengths, Sequence):
-        raise LengthsUnknown("ctc_loss got its lengths as tensors")
-    return sum(time * (2 * length + 1) for time, length in zip(input_lengths, target_lengths, strict=True))
+    lengths = zip(_read(input_lengths), _read(target_lengths), strict=True)
+    return sum(time * (2 * length + 1) for time, length in lengths)
+
+
+def _read(lengths: Any) -> Sequence[int]:
+    """As a list, or a tensor whose values lie on the CPU: a device is not waited for."""
+    if isinstance(lengths, Sequence):
+        return lengths
+    try:
+        if lengths.is_cpu:
+            return [int(length) for length in lengths.tolist()]
+    except (AttributeError, RuntimeError):  # fake, or mapped over
+        pass
+    raise LengthsUnknown("ctc_loss got its lengths as tensors without values, or on a device")
 
 
 def ctc_loss(log_probs: Shaped, _targets: Any, input_lengths: Any, target_lengths: Any, *_: Any, **__: Any) -> int:
