@@ -146,7 +146,6 @@ class Recorder:
             self._rebuilt, self._looked = False, 0
             for root in self._roots:
                 root.refresh()
-                root.own = None
         if self.between.start is not None:
             self.end_outside(step.number, waited=step.data_wait_s)
         step.compilations = instruments.compilations
@@ -237,7 +236,7 @@ class Recorder:
         for root in self._roots:
             if id(module) in root.parts:
                 root.stale = self._rebuilt = True
-                root.fresh, root.own = False, None
+                root.fresh = False
                 self.repeat.left = min(self.repeat.left, 0)
 
     def frozen(self) -> None:
@@ -286,11 +285,9 @@ class Recorder:
         """A call that is not known to follow here."""
         step = self._step
         assert step is not None
-        shaped, held = root.shaped, root.parameters
-        root.refresh()
+        shaped = root.shaped
+        self._rebuilt |= root.refresh()  # others for this call alone, if by functional_call
         root.renew()
-        if list(map(id, held)) != list(map(id, root.parameters)):  # for this call alone, if by functional_call
-            self._rebuilt = True
         if root.shaped != shaped:  # nobody told of that: the event is of what it was
             event = None
         structure, ints = arguments(args, kwargs, root.flash, root.names)

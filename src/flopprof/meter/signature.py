@@ -119,8 +119,8 @@ class Root:
     """A model, and what of it is part of every call's structure."""
 
     __slots__ = (
-        "__weakref__", "_asked", "_casts", "_flags", "_shapes", "apart", "bounds_at", "device", "first", "flash",
-        "fresh", "index", "module", "names", "number", "own", "parameters", "parts", "shaped", "stale", "trained",
+        "__weakref__", "_asked", "_casts", "_flags", "_own", "_shapes", "apart", "bounds_at", "device", "first",
+        "flash", "fresh", "index", "module", "names", "number", "parameters", "parts", "shaped", "stale", "trained",
         "two_stacks",
     )  # fmt: skip
 
@@ -129,7 +129,7 @@ class Root:
         self.trained = False
         self._flags: list[bool] | None = None
         self.parameters: list[torch.nn.Parameter] = []  # that it held when they were looked up, perhaps in a call
-        self.own: list[torch.nn.Parameter] | None = None  # that it holds between its calls; None: not looked up
+        self._own: list[torch.nn.Parameter] | None = None  # that it holds between its calls; None: not looked up
         self.first: torch.nn.Parameter | None = None
         self.fresh = False  # no parameter was replaced, frozen or thawed since they were looked at
         self.stale = False  # a part of it was replaced
@@ -139,10 +139,11 @@ class Root:
         self.shaped = 0  # for the shapes alone: below 0
         self.refresh()
 
-    def refresh(self) -> None:
-        """Look its parts and parameters up again."""
-        self.stale = False
+    def refresh(self) -> bool:
+        """Look its parts and parameters up again; are these others than before?"""
+        self.stale, self._own = False, None
         self.parts = frozenset(map(id, self.module.modules()))
+        before = self.parameters
         self.parameters, self._flags, self.fresh = list(self.module.parameters()), None, False
         self._asked = not all(map(seen, self.parameters))
         shapes = shapes_of(self.parameters)
@@ -158,6 +159,7 @@ class Root:
         self.bounds_at = next((i for i, name in enumerate(self.names) if self._tells_boundaries(name)), sys.maxsize)
         self._casts = torch.amp.is_autocast_available(self.device)
         self.apart = self._casts and self.device not in _AMONG_THEM
+        return list(map(id, before)) != list(map(id, self.parameters))
 
     def _tells_boundaries(self, name: str) -> bool:
         if name == "position_ids":
@@ -180,14 +182,14 @@ class Root:
 
     def owned(self) -> list[torch.nn.Parameter]:
         """Its parameters, asked for where it is not being called: functional_call puts others there meanwhile."""
-        if self.own is None:
-            self.own = list(self.module.parameters())
-        return self.own
+        if self._own is None or self.stale:
+            self._own = list(self.module.parameters())
+        return self._own
 
     def forget(self) -> None:
         """Keep no parameter alive."""
         self.parameters.clear()
-        self.own = self.first = None
+        self._own = self.first = None
 
 
 _CLOSED = (type, torch.nn.Module, types.FunctionType, types.MethodType, types.BuiltinFunctionType)

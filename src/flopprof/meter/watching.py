@@ -228,13 +228,13 @@ def _shape(item: Any) -> tuple[int, ...]:
 
 
 def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    if not _repeats or _compiling():
+    if not _repeats or _compiling() or _node() is not None:  # in a backward: part of it
         return
     closure = (len(args) > 1 or bool(kwargs)) and has_closure(args, kwargs)
     if closure:
         instruments.see_closures()
     for repeat in _repeats:
-        if repeat.thread == _thread() and _node() is None:  # in a backward: part of it
+        if repeat.thread == _thread():
             nodes = 0 if repeat.blind else _nodes_made() - repeat.made  # the backward makes some where it recomputes
             if repeat.on and not closure and (nodes, _ref(optimizer)) == repeat.events[repeat.at]:
                 repeat.at += 1
