@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from flopprof.formulas.attention import lengths
 from flopprof.formulas.registry import LengthsUnknown
 from flopprof.formulas.shaped import Shaped
 
@@ -73,20 +74,17 @@ def multi_margin_loss(
 
 def _lattice(log_probs: Shaped, input_lengths: Any, target_lengths: Any) -> int:
     """Cells (time, position in blank-separated target) of a batch."""
-    lengths = zip(_read(input_lengths), _read(target_lengths), strict=True)
-    return sum(time * (2 * length + 1) for time, length in lengths)
+    pairs = zip(_read(input_lengths), _read(target_lengths), strict=True)
+    return sum(time * (2 * length + 1) for time, length in pairs)
 
 
-def _read(lengths: Any) -> Sequence[int]:
+def _read(given: Any) -> Sequence[int]:
     """As a list, or a tensor whose values lie on the CPU: a device is not waited for."""
-    if isinstance(lengths, Sequence):
-        return lengths
-    try:
-        if lengths.is_cpu:
-            return [int(length) for length in lengths.tolist()]
-    except (AttributeError, RuntimeError):  # fake, or mapped over
-        pass
-    raise LengthsUnknown("ctc_loss got its lengths as tensors without values, or on a device")
+    if isinstance(given, Sequence):
+        return given
+    if not given.is_cpu:
+        raise LengthsUnknown("ctc_loss got its lengths as tensors without values, or on a device")
+    return lengths(given)
 
 
 def ctc_loss(log_probs: Shaped, _targets: Any, input_lengths: Any, target_lengths: Any, *_: Any, **__: Any) -> int:
