@@ -19,7 +19,7 @@ import torch
 
 from flopprof.counting.operands import Sources
 from flopprof.counting.parameters import unique_parameters
-from flopprof.rows import ParameterRow
+from flopprof.profile import ParameterRow
 
 _WRAPPERS = {"DataParallel", "DistributedDataParallel", "FullyShardedDataParallel"}
 _WRAPPED_ATTRIBUTES = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import fields, is_dataclass
 from typing import Any
@@ -268,11 +269,14 @@ def _of_those_that_are_gone(frames: list[Frame], known: set[str]) -> tuple[Param
     """The parameters of modules that nobody holds any more, as they were when those were first called."""
     gone = [row for frame in frames if frame.module and frame.module() is None for row in frame.seen]
     rows = tuple({row.name: row for row in gone if row.name not in known}.values())
-    for frame in frames if rows else ():
-        within = [row for row in rows if row.name.startswith(f"{frame.fqn}.")]
-        if frame.parameters is None and within:
-            own = elements(row for row in within if row.name.rpartition(".")[0] == frame.fqn)
-            frame.parameters = (elements(within), own)
+    total, own = Counter[str](), Counter[str]()
+    for row in rows:
+        owners = ancestors(row.name)[1:]
+        own[owners[0]] += row.numel
+        total.update(dict.fromkeys(owners, row.numel))
+    for frame in frames:
+        if frame.fqn and frame.parameters is None and total[frame.fqn]:
+            frame.parameters = (total[frame.fqn], own[frame.fqn])
     return rows
 
 
