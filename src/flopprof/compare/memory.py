@@ -23,6 +23,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flopprof.compare.comparison import Memory
+from flopprof.counting.foreign import inner
 from flopprof.counting.guesses import named
 from flopprof.counting.preserve import preserved
 from flopprof.counting.questions import failures
@@ -189,9 +190,9 @@ def _storages(tensors: Iterable[torch.Tensor]) -> dict[int, int]:
 
 def parts(tensor: torch.Tensor) -> list[torch.Tensor]:
     """The plain tensors that hold a tensor's elements: itself, the values and indices of a sparse one, ..."""
-    flatten: Callable[[], tuple[list[str], Any]] | None = getattr(tensor, "__tensor_flatten__", None)
-    if flatten is not None and type(tensor) is not torch.Tensor:
-        return [part for name in flatten()[0] for part in parts(getattr(tensor, name))]
+    held = inner(tensor)
+    if held is not None:
+        return [part for wrapped in held.values() for part in parts(wrapped)]
     if tensor.layout is torch.sparse_coo:
         return [tensor._indices(), tensor._values()]
     if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):

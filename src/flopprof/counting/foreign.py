@@ -31,6 +31,15 @@ def functional(types: Any) -> bool:
     )
 
 
+def inner(tensor: torch.Tensor) -> dict[str, torch.Tensor] | None:
+    """The tensors that hold a wrapper's elements, by attribute; None of a tensor that has no such method."""
+    flatten = getattr(tensor, "__tensor_flatten__", None)
+    if flatten is None:
+        return None
+    found = {name: getattr(tensor, name) for name in flatten()[0]}
+    return {name: part for name, part in found.items() if isinstance(part, torch.Tensor)}
+
+
 def symbolic(args: Any, kwargs: Any) -> bool:
     """Has a tensor among these a size that is no number, which nobody has made fit to be counted?
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from flopprof.counting.foreign import inner
 from flopprof.profile import Kind
 
 _SEQUENCES = (list, tuple)
@@ -150,12 +151,10 @@ class Sources:
             self.shared[key] = held
 
     def _add(self, tensor: torch.Tensor, source: Source) -> None:
-        flatten = getattr(tensor, "__tensor_flatten__", None)
-        if flatten is not None:  # a wrapper, whose own storage holds nothing: its tensors are what is multiplied
-            names, _context = flatten()
-            for inner in (getattr(tensor, name) for name in names):
-                if isinstance(inner, torch.Tensor):
-                    self._add(inner, source)
+        held = inner(tensor)
+        if held is not None:  # a wrapper, whose own storage holds nothing: its tensors are what is multiplied
+            for part in held.values():
+                self._add(part, source)
             return
         try:
             storage = tensor.untyped_storage()

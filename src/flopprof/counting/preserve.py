@@ -16,6 +16,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves
 
 from flopprof.counting.contents import HELD, Own, own_package, package_of, put_back, slots_of, state_of
+from flopprof.counting.foreign import inner
 
 _PLAIN = frozenset({type(None), bool, int, float, str})
 
@@ -155,12 +156,12 @@ class Keep:
 
     def _wrapped(self, wrapper: torch.Tensor) -> None:
         """What a subclass holds its elements in: DTensor, nested tensors that are jagged, masked ones."""
-        flatten = getattr(wrapper, "__tensor_flatten__", None)
-        for name in list(vars(wrapper)) if flatten is None else flatten()[0]:
-            part = getattr(wrapper, name)
-            if isinstance(part, torch.Tensor):
-                self._undo.append(partial(_hold, wrapper, name, part))
-                self.values(part)
+        held = inner(wrapper)
+        if held is None:
+            held = {name: part for name, part in vars(wrapper).items() if isinstance(part, torch.Tensor)}
+        for name, part in held.items():
+            self._undo.append(partial(_hold, wrapper, name, part))
+            self.values(part)
 
     def restore(self) -> None:
         """Put everything back, the latest first; all the rest also where one thing cannot be. Raises then."""
