@@ -13,6 +13,7 @@ import torchvision  # noqa: F401 - registers torchvision's operators
 from flopprof.formulas import RULES, SEEN_THROUGH
 from flopprof.formulas.elementwise import ELEMENTWISE
 from flopprof.formulas.free import FREE, FREE_GROUPS, FREE_NAMESPACES, UNCOUNTED
+from releases import RELEASE, WRITTEN_FOR
 
 NAMESPACES = frozenset({"aten", "torchvision", "quantized", "_quantized", "mkldnn", "onednn", "mkl", "prims"})
 
@@ -54,10 +55,8 @@ COMPILER_ONLY = re.compile("prims::(inductor_.*|_low_memory_max_pool_.*|_unsafe_
 # Comparisons and selections are tagged pointwise too, and are free; so is clone.
 FREE_POINTWISE = FREE_GROUPS["comparisons, logic, bits, selection"] | {"aten::clone"}
 
-# The release that the tables were written for, and names in them that only other releases (2.8 ...) have.
-WRITTEN_FOR = (2, 15)
+# Names in the tables that only other releases than the one they were written for have.
 OTHER_RELEASES: frozenset[str] = frozenset()
-RELEASE = tuple(int(number) for number in torch.__version__.split(".")[:2])
 
 
 def base_name(name: str) -> str:

@@ -18,6 +18,7 @@ from flopprof import count
 from flopprof.ledger import reconcile
 from flopprof.report.ledger import render
 from flopprof.units import format_flops
+from releases import WRITTEN_FOR_THIS
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -66,7 +67,7 @@ def test_the_trainers_total_is_what_transformers_computes(build: Any) -> None:
     assert f"{format_flops(6 * ids.numel() * n)} as total_flos" in " ".join(text(ledger).split())
 
 
-@pytest.mark.skipif(not torch.__version__.startswith("2.15"), reason="before, it did not know the CPU's attention")
+@pytest.mark.skipif(not WRITTEN_FOR_THIS, reason="before, it did not know the CPU's attention")
 @pytest.mark.parametrize("attention", ["full", "causal"])
 def test_flop_counter_mode_is_what_it_is_when_run(attention: Literal["full", "causal"]) -> None:
     """It counts every pair, in either convention, and the recompute."""
