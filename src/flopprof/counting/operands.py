@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from flopprof.counting.foreign import inner
+from flopprof.counting.parameters import untraced
 from flopprof.profile import Kind
 
 _SEQUENCES = (list, tuple)
@@ -42,7 +42,7 @@ class Sources:
 
     def add_module(self, submodules: Iterable[tuple[str, torch.nn.Module]]) -> None:
         """Learn every parameter and buffer of these (fqn, module), under its first name."""
-        with _untraced():
+        with untraced():
             self._learn(submodules)
 
     def _learn(self, submodules: Iterable[tuple[str, torch.nn.Module]]) -> None:
@@ -174,21 +174,6 @@ class Sources:
             for table in (self.known, self.shared, self._extents):
                 table.pop(key, None)
         self._sweep_at = max(_SWEEP_AT, 2 * len(self._alive))
-
-
-@contextmanager
-def _untraced() -> Iterator[None]:
-    """While torch.jit traces, a size that is read is an operator of the trace."""
-    state = torch._C._get_tracing_state()
-    if state is None:
-        yield
-        return
-    resume = torch._C._set_tracing_state  # type: ignore[attr-defined]  # in no stub
-    resume(None)
-    try:
-        yield
-    finally:
-        resume(state)
 
 
 def _share(one: torch.Tensor, other: torch.Tensor) -> bool:

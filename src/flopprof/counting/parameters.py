@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -14,6 +15,22 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+@contextmanager
+def untraced() -> Iterator[None]:
+    """While torch.jit traces, a size that is read is an operator of the trace."""
+    state = torch._C._get_tracing_state()
+    if state is None:
+        yield
+        return
+    resume = torch._C._set_tracing_state  # type: ignore[attr-defined]  # in no stub
+    resume(None)
+    try:
+        yield
+    finally:
+        resume(state)
+
+
+@untraced()
 def held(module: torch.nn.Module) -> tuple[int, int]:
     """Elements of a module's parameters: with those of its children, and its own."""
     own = _held([module])
@@ -25,6 +42,7 @@ def _held(modules: list[torch.nn.Module]) -> int:
     return sum(map(_numel, unique.values())) + sum(map(packed, modules))
 
 
+@untraced()
 def unique_parameters(modules: Iterable[tuple[str, torch.nn.Module]]) -> tuple[ParameterRow, ...]:
     """Tied ones once; those that are not initialised yet have no shape, and no row."""
     unique: dict[int, ParameterRow] = {}
