@@ -362,6 +362,27 @@ def test_a_step_of_an_optimizer_inside_the_backward(loop: Loop) -> None:
     assert [record.step for record in loop.meter.records[9:] if record.left_out] == []
 
 
+def test_a_call_inside_the_backward_is_not_taken_for_the_one_after_it(loop: Loop) -> None:
+    class Distilled(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, *gradients: torch.Tensor) -> torch.Tensor:
+            return gradients[0] + loop.other(torch.ones(2, WIDTH))
+
+    for _ in range(9):
+        with loop.meter.step():
+            Distilled.apply(loop.net(torch.randn(2, WIDTH))).sum().backward()
+            with torch.no_grad():
+                loop.other(torch.ones(2, WIDTH))
+            loop.finish()
+    assert loop.meter._repeat.left > 0
+    forward = 2 * 2 * 2 * WIDTH * HIDDEN  # two rows through two layers
+    assert [record.model_flops for record in loop.meter.records[-9:]] == [flops() + 2 * forward] * 9
+
+
 def test_a_meter_that_is_gone_leaves_its_model_alone(loop: Loop) -> None:
     model, meter = loop.net, weakref.ref(loop.meter)
     block = loop.meter.step()

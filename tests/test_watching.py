@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import pickle
+import sys
 import threading
 import weakref
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from torch._dynamo.testing import CompileCounter
 
 from flopprof import FlopCounter, Meter
 from flopprof.counting.in_place import compiled_in_place
+from flopprof.meter import watching
 from two_layers import Net
 
 SLOT = "_compiled_call_impl"
@@ -345,6 +347,23 @@ def test_a_clone_that_took_all_the_model_has_runs_itself(closed: bool) -> None:
         assert model(rows(2)).any()
         assert set(flops(meter)) <= {3 * EACH, 3 * EACH + 2 * (FIRST + SECOND), None}
     assert SLOT not in vars(twin)
+
+
+def test_whose_call_it_is_is_looked_up_where_somebody_else_holds_what_tells_of_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    looked: list[int] = []
+    monkeypatch.setattr(watching, "_frame", lambda depth: looked.append(depth) or sys._getframe(depth + 1))
+    model = Net()
+    with Meter(model):
+        train(model)
+        assert not looked
+        held = vars(model)[SLOT]
+        train(model)
+        assert len(looked) == 1
+        del held
+        train(model)
+        assert len(looked) == 1
 
 
 def test_a_call_of_the_users_own_is_compiled(fresh_dynamo: None) -> None:

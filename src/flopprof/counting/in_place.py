@@ -8,6 +8,7 @@ takes ten times as long; and it would run inside the compiled call, where it is 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -24,13 +25,15 @@ class Watcher:
     """Stands before the call of one module: of a kind that is called as the module is, and goes on `past` itself.
 
     callee: the module; None once nobody is told any more.
+    held: references to it while the module is called, if no other module has it; 0: not known.
     """
 
-    __slots__ = ("__weakref__", "behind", "callee")
+    __slots__ = ("__weakref__", "behind", "callee", "held")
 
     def __init__(self, callee: Any) -> None:
         self.behind: Any = None  # another one, or what is compiled; None: the module's own call
         self.callee = callee
+        self.held = 0
 
     def __bool__(self) -> bool:
         """Is anything compiled there? So do others ask who want to know whether the module is."""
@@ -50,6 +53,26 @@ class Watcher:
         twin = self.twin()
         twin.behind = _eager(self.behind)
         return twin
+
+
+class _Held(Watcher):
+    """Answers a call with the references to itself."""
+
+    __slots__ = ()
+
+    def __call__(self) -> int:
+        return sys.getrefcount(self)
+
+
+def _in_a_call() -> int:
+    module = torch.nn.Module()
+    module.__dict__[_NAME] = _Held(module)
+    references: int = module()
+    return references
+
+
+# References to what stands before a module's call, while it is called, where nobody but the module holds it.
+IN_A_CALL = _in_a_call()
 
 
 def carried(watcher: Watcher, caller: Any) -> bool:

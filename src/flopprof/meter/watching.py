@@ -24,7 +24,7 @@ from torch.nn.modules.module import (
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from flopprof.counting.imports import WhenImported, replaced
-from flopprof.counting.in_place import Watcher, alone, carried, leave, past, stay, watch
+from flopprof.counting.in_place import IN_A_CALL, Watcher, alone, carried, leave, past, stay, watch
 from flopprof.counting.in_use import WhileUsed
 from flopprof.counting.instrument import StandIn
 from flopprof.meter.freezing import see
@@ -34,7 +34,7 @@ from flopprof.meter.timing import Timer
 
 _node = torch._C._current_autograd_node
 _thread = threading.get_ident
-_frame = sys._getframe
+_frame, _references = sys._getframe, sys.getrefcount
 _grad_enabled = torch.is_grad_enabled
 _nodes_made = torch._C._autograd._get_sequence_nr
 _any_autocast = torch._C._is_any_autocast_enabled  # of many devices: quicker to ask than one
@@ -102,12 +102,13 @@ class Before(Watcher):
         callee = self.callee
         if _compiling():
             return callee._call_impl(*args, **kwargs)
-        caller = _frame(1).f_locals.get("self")
-        if caller is not callee and carried(self, caller):
-            return alone(caller)(*args, **kwargs)
+        if _references(self) != self.held:  # somebody else holds it, too: perhaps a copy of the model
+            caller = _frame(1).f_locals.get("self")
+            if caller is not callee and carried(self, caller):
+                return alone(caller)(*args, **kwargs)
         repeat, root = self._repeat, self._root
         thread = repeat.thread
-        if (thread and thread != _thread()) or _node() is not None:
+        if thread and thread != _thread():
             return past(self, callee)(*args, **kwargs)
         if callee._forward_pre_hooks and self.behind is None:
             return self._hooked(callee, args, kwargs)
@@ -115,12 +116,12 @@ class Before(Watcher):
         if thread and len(args) <= root.bounds_at:
             if not root.fresh:
                 root.renew()
-            first = root.first
+            first, grad = root.first, _grad_enabled()
             parts = [
                 0 if repeat.blind else _nodes_made() - repeat.made,
                 root.index,
                 root.module.training,
-                root.number if _grad_enabled() else root.shaped,
+                root.number if grad else root.shaped,
                 root.cast() if root.apart or _any_autocast() else None,
                 None if first is None else first.dtype,
             ]
@@ -148,11 +149,13 @@ class Before(Watcher):
                             break
             except RuntimeError:  # a nested tensor has no shape
                 parts = None
-            if repeat.on and parts == repeat.events[repeat.at]:
+            # One in a backward has other nodes before it, if it records any.
+            if repeat.on and parts == repeat.events[repeat.at] and ((grad and not repeat.blind) or _node() is None):
                 repeat.at += 1
                 behind = self.behind
                 return callee._call_impl(*args, **kwargs) if behind is None else behind(*args, **kwargs)
-        _tell(repeat, root, parts, args, kwargs)
+        if _node() is None:
+            _tell(repeat, root, parts, args, kwargs)
         return past(self, callee)(*args, **kwargs)
 
     def _hooked(self, callee: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -228,7 +231,7 @@ def _shape(item: Any) -> tuple[int, ...]:
 
 
 def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    if not _repeats or _compiling() or _node() is not None:  # in a backward: part of it
+    if not _repeats or _compiling():
         return
     closure = (len(args) > 1 or bool(kwargs)) and has_closure(args, kwargs)
     if closure:
@@ -240,7 +243,7 @@ def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> No
                 repeat.at += 1
                 continue
             listener = repeat.listener()
-            if listener is not None:
+            if listener is not None and _node() is None:  # in a backward: part of it
                 listener.stepped(optimizer, closure=closure, over=False)
 
 
@@ -339,6 +342,7 @@ class Watch:
     def add(self, listener: Listener, root: Root) -> None:
         """See calls of this model."""
         before = Before(listener.repeat, root, root.module)
+        before.held = IN_A_CALL + 1  # by the list
         watch(before)
         self._befores.append(before)
         self._standing.append((weakref.ref(root.module), weakref.ref(before)))
