@@ -10,6 +10,7 @@ import sys
 import pytest
 import typer
 from rich.console import Console
+from typer.testing import CliRunner
 
 from flopprof.cli.main import app
 
@@ -32,6 +33,20 @@ def test_examples_can_be_typed(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", COMMANDS)
+def test_every_option_is_in_an_example_that_a_narrow_terminal_shows_in_one_line(name: str) -> None:
+    lines = (COMMANDS[name].epilog or "").split("\n\n")[1:]
+    typed = {word for line in lines for word in shlex.split(line)}
+    options = {spelling: parameter for parameter in COMMANDS[name].params for spelling in parameter.opts}
+    missing = {
+        spelling
+        for spelling, parameter in options.items()
+        if spelling.startswith("-") and not typed & {*parameter.opts, *parameter.secondary_opts}
+    }
+    assert not missing - {"--help", "-h"}
+    assert max(map(len, lines)) <= 80 - 2
+
+
+@pytest.mark.parametrize("name", COMMANDS)
 def test_an_example_is_for_its_command(name: str) -> None:
     assert all(f"flopprof {name}" in line for line in examples(name))
 
@@ -42,6 +57,13 @@ def test_every_option_says_what_it_does(name: str) -> None:
     assert command.help
     for parameter in command.params:
         assert getattr(parameter, "help", "").rstrip().endswith((".", "%", ")")), parameter.name
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_nothing_is_cut_off_in_help_at_80_columns(name: str) -> None:
+    text = CliRunner().invoke(app, [name, "--help"], env={"COLUMNS": "80"}).stdout
+    assert "Options" in text
+    assert "…" not in text
 
 
 @pytest.mark.parametrize("name", ["", *COMMANDS])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import traceback
-from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
@@ -16,6 +15,7 @@ from flopprof.cli.compare import compare
 from flopprof.cli.count import count
 from flopprof.cli.crosscheck import crosscheck
 from flopprof.cli.diff import diff
+from flopprof.cli.examples import epilog
 from flopprof.cli.models import models
 from flopprof.cli.peaks import peaks
 from flopprof.cli.plan import plan
@@ -70,47 +70,11 @@ def _options(
     pass
 
 
-# Each command with examples of its use.
-_COMMANDS: tuple[tuple[Callable[..., None], str, str], ...] = (
-    (count, "flopprof count resnet50 --backward", "flopprof count net.py:build --input 1x128:int64"),
-    (
-        reconcile,
-        "flopprof reconcile llama-3.1-8b --seq 8192 --backward",
-        "flopprof reconcile vit_b_16 --backward --frozen 'encoder.layers.*'",
-    ),
-    (crosscheck, "flopprof crosscheck resnet50 --backward", "flopprof crosscheck gpt2 --seq 256 --json -"),
-    (
-        check,
-        "flopprof check resnet50 --max-flops 8.2G --max-params 26M",
-        "flopprof check net.py:build --baseline baseline.json --tolerance 0.5%",
-    ),
-    (
-        compare,
-        "flopprof compare resnet18 resnet50 vit_b_16 --hardware H100 --sort flops",
-        "flopprof compare 'timm:convnext*' --resume rows.jsonl --csv convnext.csv",
-    ),
-    (
-        diff,
-        "flopprof diff before.json after.json",
-        "flopprof count resnet50 --json - | flopprof diff resnet18.json -",
-    ),
-    (models, "flopprof models llama", "flopprof models 'qwen3-*' --json -"),
-    (peaks, "flopprof peaks H100", "flopprof peaks --measure --dtype bf16"),
-    (
-        plan,
-        "flopprof plan --params 7e9 --tokens 1e12 --hardware H100 --mfu 0.5 --price 2",
-        "flopprof plan llama-3.1-70b --hardware H100 --zero 3 --devices 64",
-    ),
-    (report, "flopprof report run.jsonl", "flopprof report run.rank0.jsonl run.rank1.jsonl --json -"),
-)
-for _command, *_examples in _COMMANDS:
-    app.command(epilog="\n\n".join(["Examples:", *_examples]))(_command)
+for _command in (count, reconcile, crosscheck, check, compare, diff, models, peaks, plan, report):
+    app.command(epilog=epilog(_command.__name__))(_command)
 
-app.command(
-    context_settings={"allow_interspersed_args": False},
-    epilog="Examples:\n\nflopprof run train.py --lr 3e-4\n\nflopprof run --records run.jsonl -m package.train\n\n"
-    "torchrun --nproc-per-node 2 -m flopprof run train.py",
-)(run)
+# What follows the script is its own.
+app.command(context_settings={"allow_interspersed_args": False}, epilog=epilog("run"))(run)
 
 
 def main() -> None:

@@ -131,9 +131,9 @@ Attn = Annotated[
 Lora = Annotated[
     str | None,
     typer.Option(
-        help="Low-rank adapters by peft, all else frozen: r=16,targets=q_proj,v_proj; also alpha=, dropout=, "
-        "modules_to_save=, targets=all-linear.",
-        metavar="r=R,targets=NAME,...",
+        help="Low-rank adapters by peft, all else frozen, separated by commas: r=16 and targets= (names of "
+        "modules, or all-linear); also alpha=, dropout=, modules_to_save=.",
+        metavar="SETTINGS",
         rich_help_panel=RUN,
     ),
 ]

@@ -48,7 +48,8 @@ def plan(
     shape: Annotated[
         str | None,
         typer.Option(
-            help="Sizes: layers=32,d_model=4096,heads=32,vocab=32000[,kv_heads=8,d_ff=11008,gated=true,...].",
+            help="Sizes, separated by commas: layers=32, d_model=4096, heads=32, vocab=32000; also kv_heads=8, "
+            "d_ff=11008, gated=true and more.",
             metavar="SIZES",
             rich_help_panel=_MODEL,
         ),

@@ -57,7 +57,11 @@ def run(
     attention: AttentionPairs = "full",
     convention: Annotated[
         Literal["nanogpt", "palm", "megatron", "torchtitan"] | None,
-        typer.Option(help="What a script that follows it prints, beside ours.", rich_help_panel=_FIGURES),
+        typer.Option(
+            help="nanogpt, palm, megatron or torchtitan: what a script that follows it prints, beside ours.",
+            metavar="NAME",
+            rich_help_panel=_FIGURES,
+        ),
     ] = None,
     records: Annotated[
         str | None,
