@@ -64,6 +64,12 @@ def test_diff_refuses_two_conventions() -> None:
         diff(net(3), net(3).with_attention("causal"))
 
 
+def test_a_phase_that_neither_has_is_refused() -> None:
+    with pytest.raises(UsageError, match=r"neither profile has FLOPs in the phase backward: .* they have forward"):
+        diff(net(3), net(6), phase="backward")
+    assert diff(net(3), net(6), phase="forward").operators
+
+
 @given(st.integers(0, 10**15), st.integers(0, 10_000))
 def test_a_tolerance_is_exact(value: int, ten_thousandths: int) -> None:
     share = Fraction(ten_thousandths, 10_000)

@@ -75,12 +75,18 @@ def diff(before: Profile, after: Profile, *, phase: Phase | None = None) -> Diff
 
     phase   look at the operators and modules of one phase only
 
-    Raises UsageError where the profiles follow different attention conventions: their counts mean different things.
+    Raises UsageError where the profiles follow different attention conventions, since their counts mean different
+    things, and where neither has anything in that phase.
     """
     if before.attention != after.attention:
         raise UsageError(
             f"one profile counts {before.attention} attention, the other {after.attention}: "
             "make both with the same --attention, or convert one by Profile.with_attention."
+        )
+    if phase is not None and not (before.by_operator(phase) or after.by_operator(phase)):
+        has = [name for name in PHASES if before.by_operator(name) or after.by_operator(name)]
+        raise UsageError(
+            f"neither profile has FLOPs in the phase {phase}: between them they have {', '.join(has) or 'none at all'}."
         )
     return Difference(
         before=_label(before),
