@@ -119,9 +119,15 @@ def test_many_steps_are_taken_together_and_their_mfu_stays(tmp_path: Path) -> No
 def test_each_rank_and_each_start_is_a_line(tmp_path: Path) -> None:
     ranks = check(run_page(*(records(tmp_path, 4, rank=rank, world=2) for rank in range(2))))
     assert [trace["name"] for trace in ranks.data["figures"]["mfu"]["data"]] == ["rank 0", "rank 1"]
+    both = ranks.text[ranks.text.index("All ranks") : ranks.text.index("Figures of each run")]
+    assert f"{2 * 4 * FLOPS / 1e12:.1f} TFLOPs model" in both
+    assert f"rate {2 * FLOPS / STEP_S / 1e12:.1f} TFLOP/s model, all devices together" in both
+    assert "MFU 50.0 % HFU 100.0 %" in both
+    assert "throughput 4.000 ktokens/s" in both
     starts = check(run_page(records(tmp_path, 4, 3)))
     assert [trace["name"] for trace in starts.data["figures"]["mfu"]["data"]] == ["run, start 1", "run, start 2"]
     assert "once; 1 steps were done again" in starts.text
+    assert "All ranks" not in starts.text
     several = check(run_page(records(tmp_path, 4), records(tmp_path, 3, 2)))
     assert [trace["name"].rpartition("/")[2] for trace in several.data["figures"]["mfu"]["data"]] == [
         "&lt;b&gt;run&lt;b&gt;.rank0.1.jsonl",

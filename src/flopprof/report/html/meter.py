@@ -8,7 +8,7 @@ from typing import Any
 
 from flopprof.meter.figures import Figures, StepRecord, figures, timed
 from flopprof.meter.records import Process
-from flopprof.meter.runs import Run, filled
+from flopprof.meter.runs import Run, filled, world_of_runs
 from flopprof.meter.summary import format_time, percent
 from flopprof.report.html.elements import Head, escape, exact, facts, figure, paragraph, table
 from flopprof.report.html.page import Section, page, plot_text
@@ -41,9 +41,10 @@ class _Point:
 
 
 def _totals(runs: Sequence[tuple[str, Run, Sequence[Process]]]) -> Section:
-    body = ""
+    world = world_of_runs([run for _, run, _ in runs])
+    body = "" if world is None else f"<h3>All ranks</h3>{facts(world.facts())}"
     if len(runs) > 1:
-        body = _table([(_name(place, runs), run) for place, (_, run, _) in enumerate(runs)])
+        body += _table([(_name(place, runs), run) for place, (_, run, _) in enumerate(runs)])
     for place, (_, run, _) in enumerate(runs):
         lines = [line for line in run.summary.facts() if line[0] != "time"] + run.facts()
         if len(runs) > 1:
