@@ -52,6 +52,19 @@ class Ticks:
         return self.now
 
 
+class Calls(torch.autograd.Function):
+    """Calls a model in the backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, model: nn.Module) -> torch.Tensor:
+        ctx.model = model
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return gradients[0] + ctx.model(torch.ones(2, WIDTH)), None
+
+
 class Loop:
     """A training loop that does one of many things in a step."""
 
@@ -134,6 +147,25 @@ class Loop:
         self.train()
         self.net.checkpointed = False
 
+    def checkpointed_whole(self) -> None:
+        x = torch.randn(2, WIDTH, requires_grad=True)
+        y = checkpoint(self.net, x, use_reentrant=False) + checkpoint(self.other, x, use_reentrant=True)
+        y.sum().backward()
+        self.finish("adam")
+
+    def called_in_backward(self) -> None:
+        Calls.apply(self.net(torch.randn(2, WIDTH)), self.other).sum().backward()
+        with torch.no_grad():
+            self.other(torch.ones(2, WIDTH))
+        self.finish()
+
+    def a_copy(self) -> None:
+        twin = Net()
+        twin.__dict__ = self.net.__dict__.copy()
+        self.net(torch.randn(2, WIDTH)).sum().backward()
+        twin(torch.randn(2, WIDTH)).sum().backward()
+        self.finish()
+
     def half_frozen(self) -> None:
         self.net.a.requires_grad_(False)
         self.train()
@@ -208,6 +240,7 @@ class Loop:
 STEPS = (
     *("plain", "longer", "twice", "masked", "adam", "skipped_optimizer", "accumulated", "differentiated_twice"),
     *("two_losses", "input_gradient", "both_models", "layer_skipped", "checkpointed", "half_frozen", "cast", "paused"),
+    *("checkpointed_whole", "called_in_backward", "a_copy"),
     *("frozen_after_forward", "in_eval_mode", "evaluates_inside", "fails", "nothing", "head_replaced", "reads_figures"),
 )
 BETWEEN = ("evaluation_between", "saving_between", "resumed_between")
@@ -363,21 +396,9 @@ def test_a_step_of_an_optimizer_inside_the_backward(loop: Loop) -> None:
 
 
 def test_a_call_inside_the_backward_is_not_taken_for_the_one_after_it(loop: Loop) -> None:
-    class Distilled(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
-            return x.clone()
-
-        @staticmethod
-        def backward(ctx: Any, *gradients: torch.Tensor) -> torch.Tensor:
-            return gradients[0] + loop.other(torch.ones(2, WIDTH))
-
     for _ in range(9):
         with loop.meter.step():
-            Distilled.apply(loop.net(torch.randn(2, WIDTH))).sum().backward()
-            with torch.no_grad():
-                loop.other(torch.ones(2, WIDTH))
-            loop.finish()
+            loop.called_in_backward()
     assert loop.meter._repeat.left > 0
     forward = 2 * 2 * 2 * WIDTH * HIDDEN  # two rows through two layers
     assert [record.model_flops for record in loop.meter.records[-9:]] == [flops() + 2 * forward] * 9
