@@ -81,6 +81,20 @@ def test_accumulation_is_one_step() -> None:
     assert [record.samples for record in found.meter.records] == [4 * N] * 3
 
 
+def test_samples_are_those_of_what_is_trained_in_most_steps() -> None:
+    tried, frozen, model = linear(3, 3), linear(), linear()
+    with script() as found:
+        tried(torch.randn(7, 3)).sum().backward()
+        optimizer = sgd(model)
+        for _ in range(6):
+            with torch.no_grad():
+                frozen(torch.randn(2, A))
+            train(model, optimizer)
+    assert [record.samples for record in found.meter.records[1:]] == [N] * 5
+    each = 2 * FORWARD + 2 * 2 * A * B
+    assert flops(found) == [each + 2 * 2 * 7 * 3 * 3, *[each] * 5]  # what was tried: forward, its weight's gradient
+
+
 def test_rows_that_vary_are_told_apart() -> None:
     rows = [3, 5, 3, 8, 5, 3, 8, 4, 7]
     with script() as found:

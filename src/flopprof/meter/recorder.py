@@ -40,6 +40,7 @@ class Recorder:
         self.clock = clock
         self.timer = timer
         self._roots = Roots(self._evaluated)
+        self.main = 0  # the model whose tokens and samples are those of the step
         self.tracker = Tracker(self._roots, attention)
         self.known = self.tracker.known
         self.opaque = False  # a model runs inside a compiled function
@@ -59,8 +60,7 @@ class Recorder:
         self._learnt = False  # the next steps may be held against the one that ended last
         self._alike = False  # it was the same as the one before it
         self._moments: list[Moment] | None = None  # of this step, where the next ones may be held against it
-        self._unpadded = Unpadded()
-        self._floats = Floats()
+        self._unpadded, self._floats = Unpadded(), Floats()
         self._optimizers = Optimizers()
         for model in models:
             self.add(model)
@@ -266,7 +266,7 @@ class Recorder:
             self._moments = None
             kept = self._describe(root, grad, event, args, kwargs)
         step.calls += 1
-        if root.index == 0:
+        if root.index == self.main:
             tokens, samples, padding = kept
             if grad:
                 step.tokens += tokens

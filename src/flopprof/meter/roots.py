@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 import threading
 import weakref
+from collections import Counter
 from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -189,6 +190,8 @@ class Finder:
         self._recorder = recorder
         self._numbers: dict[int, int] = {}
         self._before: dict[int, Before] = {}
+        self._steps: Counter[int] = Counter()  # that each of them was called in with gradients
+        self._latest: dict[int, int] = {}  # of these
 
     def called(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """The module is called, outside any other one."""
@@ -196,7 +199,18 @@ class Finder:
         roots = self._recorder._roots
         if number is None or roots[number].module is not module:
             number = self._number(module)
+        if torch.is_grad_enabled():
+            self._weigh(number)
         self._before[number](*args, **kwargs)
+
+    def _weigh(self, number: int) -> None:
+        """What is trained in most of the steps, and of such the first, is the model that the run is about."""
+        step = self._recorder.at_length()
+        if step is not None and self._latest.get(number) != step.number:
+            self._latest[number] = step.number
+            self._steps[number] += 1
+            if self._steps[number] > self._steps[self._recorder.main]:
+                self._recorder.main = number
 
     def _number(self, module: torch.nn.Module) -> int:
         roots = self._recorder._roots
