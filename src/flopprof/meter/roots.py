@@ -204,12 +204,15 @@ class Finder:
         self._before[number](*args, **kwargs)
 
     def _weigh(self, number: int) -> None:
-        """What is trained in most of the steps, and of such the first, is the model that the run is about."""
+        """What is trained in most of the steps, and of such the first, is the model that the run is about.
+
+        By two: of those trained in all of them, one is called in a step before another one is.
+        """
         step = self._recorder.at_length()
         if step is not None and self._latest.get(number) != step.number:
             self._latest[number] = step.number
             self._steps[number] += 1
-            if self._steps[number] > self._steps[self._recorder.main]:
+            if self._steps[number] > self._steps[self._recorder.main] + 1:
                 self._recorder.main = number
 
     def _number(self, module: torch.nn.Module) -> int:
