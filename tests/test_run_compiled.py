@@ -78,7 +78,7 @@ def metered(compiled: Callable[..., Any], **options: Any) -> tuple[int, Any]:
     return graphs, script.meter.records
 
 
-@pytest.mark.parametrize("compiled", [as_module, in_function, pytest.param(in_place, marks=pytest.mark.nightly)])
+@pytest.mark.parametrize("compiled", [as_module, in_function, in_place])
 def test_compiled_calls_are_seen_with_their_sizes(compiled: Callable[..., Any]) -> None:
     graphs, records = metered(compiled)
     assert [record.model_flops for record in records] == [rows * ROW for rows in SIZES]

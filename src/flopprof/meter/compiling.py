@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import sys
-from types import FrameType
-from typing import Any
+from types import CodeType, FrameType
 
 import torch
 
@@ -49,14 +48,8 @@ def inside_in_place(module: torch.nn.Module) -> bool:
     return False
 
 
-def hides_hooks(module: torch.nn.Module) -> bool:
-    """Was the model compiled in place, with its hooks?"""
-    function = getattr(module.__dict__.get("_compiled_call_impl"), "_torchdynamo_orig_callable", None)
-    return _is_inlined(getattr(function, "__code__", None))
-
-
-def _is_inlined(code: Any) -> bool:
-    return code is not None and code.co_name == "inner" and code.co_filename.endswith("_dynamo/external_utils.py")
+def _is_inlined(code: CodeType) -> bool:
+    return code.co_name == "inner" and code.co_filename.endswith("_dynamo/external_utils.py")
 
 
 def _is_compiled(frame: FrameType) -> bool:

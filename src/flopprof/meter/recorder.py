@@ -11,7 +11,7 @@ import torch
 from flopprof.meter import notes
 from flopprof.meter.batches import Batches
 from flopprof.meter.between import Evaluations
-from flopprof.meter.compiling import compiled_call, hides_hooks, inside_in_place
+from flopprof.meter.compiling import compiled_call, inside_in_place
 from flopprof.meter.floats import Floats
 from flopprof.meter.models import Roots
 from flopprof.meter.optimizers import Optimizers, stepped_number
@@ -327,7 +327,7 @@ class Recorder:
             self._resume()
         counts = self.tracker.counter is not None
         itself, inside = compiled_call() if counts else (False, False)
-        inside |= hides_hooks(root.module) or (counts and inside_in_place(root.module))
+        inside |= counts and inside_in_place(root.module)
         if inside:
             self.tracker.from_start |= not self.opaque
             self.opaque = True
