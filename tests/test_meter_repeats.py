@@ -153,6 +153,13 @@ class Loop:
         y.sum().backward()
         self.finish("adam")
 
+    def checkpointed_losses(self) -> None:
+        x = torch.randn(2, WIDTH, requires_grad=True)
+        losses = [checkpoint(net, x, use_reentrant=True).sum() for net in (self.net, self.other)]
+        for loss in losses:
+            loss.backward()
+        self.finish("adam")
+
     def called_in_backward(self) -> None:
         Calls.apply(self.net(torch.randn(2, WIDTH)), self.other).sum().backward()
         with torch.no_grad():
@@ -240,7 +247,7 @@ class Loop:
 STEPS = (
     *("plain", "longer", "twice", "masked", "adam", "skipped_optimizer", "accumulated", "differentiated_twice"),
     *("two_losses", "input_gradient", "both_models", "layer_skipped", "checkpointed", "half_frozen", "cast", "paused"),
-    *("checkpointed_whole", "called_in_backward", "a_copy"),
+    *("checkpointed_whole", "checkpointed_losses", "called_in_backward", "a_copy"),
     *("frozen_after_forward", "in_eval_mode", "evaluates_inside", "fails", "nothing", "head_replaced", "reads_figures"),
 )
 BETWEEN = ("evaluation_between", "saving_between", "resumed_between")
@@ -402,6 +409,17 @@ def test_a_call_inside_the_backward_is_not_taken_for_the_one_after_it(loop: Loop
     assert loop.meter._repeat.left > 0
     forward = 2 * 2 * 2 * WIDTH * HIDDEN  # two rows through two layers
     assert [record.model_flops for record in loop.meter.records[-9:]] == [flops() + 2 * forward] * 9
+
+
+def test_a_backward_inside_another_is_not_taken_for_the_one_after_it(loop: Loop) -> None:
+    for _ in range(9):
+        with loop.meter.step():
+            loop.checkpointed_losses()
+    assert loop.meter._repeat.left > 0
+    forward = 2 * 2 * 2 * WIDTH * HIDDEN  # two rows through two layers
+    records = loop.meter.records[-8:]
+    assert {(record.model_flops, record.hardware_flops) for record in records} == {(6 * forward, 8 * forward)}
+    assert [record.left_out for record in records[-5:]] == [()] * 5
 
 
 def test_a_meter_that_is_gone_leaves_its_model_alone(loop: Loop) -> None:

@@ -12,6 +12,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
@@ -80,6 +81,10 @@ def _open_modes() -> tuple[int, ...]:
     return tuple(id(_mode_at(i)) for i in range(_modes()))
 
 
+def _is_backward(event: Any) -> bool:
+    return isinstance(event, tuple) and event[1:2] == ("backward",)
+
+
 class Moment(NamedTuple):
     """Where a step is when an event comes, which begins with how many nodes autograd made since the step's start."""
 
@@ -119,6 +124,7 @@ class Repeat:
     left    so many steps may be repeated before one is followed at length; below 0: not even the one under way
     events  of the step before, each with the nodes that autograd had made in the step; at last, all of those
     at      so many of these have come
+    in_a_row  some are backward passes without another event between them
     made    nodes that there were at the start
     blind   numbers of nodes tell nothing
     waited  seconds that the data of the step under way was waited for
@@ -126,15 +132,15 @@ class Repeat:
     """
 
     __slots__ = (
-        *("at", "at_once", "blind", "done", "events", "left", "listener", "loop", "made", "on", "thread", "waited"),
-        *("_clock", "_compilations", "_mark", "_modes", "_moments", "_start", "_step"),
+        *("at", "at_once", "blind", "done", "events", "in_a_row", "left", "listener", "loop", "made", "on", "thread"),
+        *("waited", "_clock", "_compilations", "_mark", "_modes", "_moments", "_start", "_step"),
     )
 
     def __init__(self, listener: Listener) -> None:
         self.listener = weakref.ref(listener)
         self.loop: Callable[[], Loop | None] = lambda: None
         self.thread = self.left = self.at = self.made = self._compilations = 0
-        self.on = self.at_once = self.blind = False
+        self.on = self.at_once = self.blind = self.in_a_row = False
         self._mark: Callable[[], Any] = time.perf_counter
         self._clock: Callable[[], float] | None = None  # the host's, where marks are not of its own
         self._start: Any = None
@@ -210,7 +216,8 @@ class Repeat:
         self._moments, self._step = moments, step
         self._compilations = step.compilations
         self._modes = _open_modes()
-        self.events = [moment.event for moment in moments]
+        self.events = events = [moment.event for moment in moments]
+        self.in_a_row = any(_is_backward(event) and _is_backward(after) for event, after in pairwise(events))
 
     def open(self) -> tuple[OpenStep, Here]:
         """The step under way, to be followed at length from here on; and where it is."""

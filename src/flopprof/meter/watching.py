@@ -206,16 +206,17 @@ class _Engine(StandIn):
         **kwargs: Any,
     ) -> Any:
         for repeat in _repeats:
-            if repeat.thread == _thread() and _node() is None:
+            if repeat.thread == _thread():
                 # What tells backward passes apart: roots, the graph kept or not, a graph of its own or not, inputs.
                 nodes = 0 if repeat.blind else _nodes_made() - repeat.made
                 told = told_inputs(inputs) if inputs else 0
                 parts = nodes, "backward", len(tensors), keep_graph, create_graph, told
-                if repeat.on and parts == repeat.events[repeat.at]:
+                # One inside the latest is none; nor is it taken for the next, unless that follows at once.
+                if repeat.on and parts == repeat.events[repeat.at] and (not repeat.in_a_row or _node() is None):
                     repeat.at += 1
                     continue
                 listener = repeat.listener()
-                if listener is not None:
+                if listener is not None and _node() is None:
                     listener.differentiated(parts)
         return self.engine.run_backward(tensors, grad_tensors, keep_graph, create_graph, inputs, *args, **kwargs)
 
