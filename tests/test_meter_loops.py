@@ -282,6 +282,33 @@ def test_evaluation_in_between(model: Two, clock: Clock) -> None:
         assert meter.summary().rows == {"steps": 7.0, "left_out": 2.0, "data_wait": 0.0, "evaluation": 34.0}
 
 
+def test_a_teacher_and_a_metric_in_an_evaluation_do_not_end_it(model: Two, clock: Clock) -> None:
+    """They are in the step where they are called in training: the teacher before its student, too."""
+    teacher, metric = Two().eval(), nn.Flatten()
+    with Meter(model, teacher, metric, clock=clock, skip=0) as meter:
+        for i, x in enumerate(meter.track([rows(3)] * 6, progress=False)):
+            with torch.no_grad():
+                teacher(x)
+            clock.passes(1.0)
+            metric(model(x)).sum().backward()
+            if i % 3:
+                model.eval()
+                with torch.no_grad():
+                    for _ in range(2):
+                        model(rows(7)) - teacher(rows(7))
+                        clock.passes(5.0)
+                metric(rows(7))
+                clock.passes(2.0)
+                model.train()
+            with torch.no_grad():
+                teacher(x)
+            clock.passes(0.5)
+        assert flops(meter) == [3 * (TRAINED + 2 * 2 * EACH)] * 6
+        assert [r.step_time_s for r in meter.records] == [1.5] * 6
+        assert [r.evaluation_s for r in meter.records] == [0.0, 12.0, 12.0] * 2
+        assert {r.samples for r in meter.records} == {3}
+
+
 def test_evaluation_before_training_in_one_step(model: Two, clock: Clock) -> None:
     with Meter(model, clock=clock, skip=0) as meter:
         for evaluates in (False, True, False):

@@ -196,6 +196,25 @@ def test_evaluation_in_between_is_in_no_step() -> None:
     assert [record.evaluation_s > 0 for record in found.meter.records] == [False, True, True, True, True]
 
 
+def test_a_teacher_and_a_metric_in_an_evaluation_are_in_no_step() -> None:
+    """A metric is in training mode, as most are, and a teacher comes before its student in training."""
+    model, teacher, metric = linear(), linear().eval(), torch.nn.Flatten()
+    with script() as found:
+        optimizer = sgd(model)
+        for _ in range(5):
+            model.train()
+            for _ in range(3):
+                with torch.no_grad():
+                    teacher(torch.randn(N, A))
+                train(model, optimizer)
+            model.eval()
+            with torch.no_grad():
+                for _ in range(4):
+                    metric(model(torch.randn(32, A)) - teacher(torch.randn(32, A)))
+    assert flops(found)[1:] == [3 * FORWARD] * 14  # what runs before the first call in training is in no step
+    assert [record.evaluation_s > 0 for record in found.meter.records] == [False, False, False, *[True, False, False] * 4]
+
+
 def test_what_runs_before_training_is_in_no_step() -> None:
     model = linear()
     with script() as found:

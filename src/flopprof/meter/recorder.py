@@ -51,6 +51,7 @@ class Recorder:
         self._watch = Watch()
         self._step: OpenStep | None = None
         self._span: tuple[str, Any] | None = None  # a pause or an evaluation inside the step
+        self._evaluates: Root | None = None  # whose evaluation that is
         self.between = Evaluations()
         self._closures = False
         self._rebuilt = False  # a part of the models is another one
@@ -166,8 +167,7 @@ class Recorder:
 
     def close(self, step: OpenStep, *, failed: bool) -> None:
         """The step is over."""
-        if self._span is not None:
-            self._resume()
+        self.resume()
         self._note(self.repeat.nodes())
         self._step = None
         self.repeat.thread = 0
@@ -214,19 +214,13 @@ class Recorder:
     def pause(self, name: str) -> None:
         """What runs from here on is no part of the step."""
         self.at_length()
-        if self._span is not None:
-            self._resume()
+        self.resume()
         self.tracker.interrupt()
         self._span = (name, self.timer.mark())
 
     def resume(self) -> None:
-        """The pause is over."""
-        if self._span is not None:
-            self._resume()
-
-    def _resume(self) -> None:
-        assert self._span is not None
-        if self._step is not None:
+        """The pause is over, or the evaluation; if there was any."""
+        if self._step is not None and self._span is not None:
             self._step.spans = (*self._step.spans, (*self._span, self.timer.mark()))
         self._span = None
 
@@ -321,10 +315,12 @@ class Recorder:
         if evaluates and root.trained:
             if self._span is None:
                 self.tracker.interrupt()
-                self._span = ("", self.timer.mark())
+                self._span, self._evaluates = ("", self.timer.mark()), root
             return True
         if self._span is not None:
-            self._resume()
+            if self._evaluates is not None and not self._evaluates.module.training and not root.trains():
+                return True  # a metric, say, or a teacher beside its student
+            self.resume()
         counts = self.tracker.counter is not None
         itself, inside = compiled_call() if counts else (False, False)
         inside |= counts and inside_in_place(root.module)
@@ -336,7 +332,7 @@ class Recorder:
         return inside
 
     def _evaluated(self, root: Root) -> None:
-        """What a model wraps is called for its own sake, in evaluation."""
+        """What a model wraps is evaluated for its own sake."""
         if self._step is not None and self._span is None:
             self._aside(root, evaluates=True)
 
@@ -357,8 +353,7 @@ class Recorder:
         step = self.at_length()
         if step is None or (self._span is not None and self._span[0]):
             return
-        if self._span is not None:  # what trains is no evaluation
-            self._resume()
+        self.resume()  # what trains is no evaluation
         if over:
             self.tracker.after_closure()
             return

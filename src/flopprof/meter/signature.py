@@ -32,6 +32,7 @@ _PLAIN = (bool, type(None), torch.dtype, torch.device, torch.memory_format)
 _autocast = torch.is_autocast_enabled
 _AMONG_THEM = ("cpu", "cuda")
 _autocast_dtype = torch.get_autocast_dtype
+_grad_enabled = torch.is_grad_enabled
 _wants = attrgetter("requires_grad")
 _BOUNDARIES = ("cu_seq", "cu_len")
 MAY_TELL_BOUNDARIES = (*_BOUNDARIES, "position_ids")  # how such names begin
@@ -185,6 +186,10 @@ class Root:
         if self._own is None or self.stale:
             self._own = list(self.module.parameters())
         return self._own
+
+    def trains(self) -> bool:
+        """Would a call of it now be differentiated, down to parameters of its own?"""
+        return _grad_enabled() and any(map(_wants, self.parameters))
 
     def forget(self) -> None:
         """Keep no parameter alive."""
