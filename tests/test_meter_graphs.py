@@ -167,6 +167,22 @@ def test_a_dimension_that_vmap_hides_is_seen() -> None:
     assert metered([model], step, ROWS) == [n * 2 * 2 * 8 * 3 for n in ROWS]
 
 
+@pytest.mark.parametrize("batched", [True, False], ids=["rows of one", "single rows"])
+def test_samples_are_those_that_vmap_hides(batched: bool) -> None:
+    """Gradients of each sample, as functorch's guide takes them."""
+    model = linear(8, 3)
+    weights = {name: weight.detach() for name, weight in model.named_parameters()}
+
+    def loss(weights: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+        return torch.func.functional_call(model, weights, (x[None] if batched else x,)).sum()
+
+    with Meter(model) as meter:
+        for rows in ROWS:
+            with meter.step():
+                torch.vmap(torch.func.grad(loss), (None, 0))(weights, torch.randn(rows, 8))
+    assert [record.samples for record in meter.records] == [*ROWS]
+
+
 @pytest.mark.filterwarnings("ignore:Sparse")
 @pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr])
 def test_a_sparse_input_is_told_by_its_number_of_values(layout: torch.layout) -> None:

@@ -343,7 +343,7 @@ def size_of(root: Root, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tup
     """(tokens, samples, what tells padding from the tokens) that a call holds; 0 and None where it has none.
 
     Tokens are the integers of a (batch, length) input, those of the decoder where there are two stacks, or the
-    positions of `inputs_embeds`; samples are the rows of the first tensor.
+    positions of `inputs_embeds`; samples are the rows of the first tensor, of all that `vmap` makes one of.
     """
     at: dict[str, int | str] = {name: i for i, name in zip(range(len(args)), root.names, strict=False)}
     at |= {name: name for name in kwargs}
@@ -361,14 +361,23 @@ def size_of(root: Root, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tup
         if isinstance(value, _Tensor) and value.dim() > 0:
             if value.is_nested:
                 return 0, int(value.size(0)), None
-            shape = value.shape
+            shape, times = value.shape, _mapped(value)
             if len(shape) == 1 and value is named:
-                return shape[0], 1, None
+                return times * shape[0], times, None
             if len(shape) == 2 and not value.is_floating_point() and not value.is_complex():
-                return shape[0] * shape[1], shape[0], _padding(tokens, shape, given, at)
-            return 0, shape[0], None
+                padding = _padding(tokens, shape, given, at) if times == 1 else None
+                return times * shape[0] * shape[1], times * shape[0], padding
+            return 0, times * shape[0] if times == 1 or len(shape) > 1 else times, None
     batch = next((value for value in (*args, *kwargs.values()) if isinstance(value, Mapping)), None)
     return (0, 0, None) if batch is None else (*size_of(root, (), batch)[:2], None)
+
+
+def _mapped(value: torch.Tensor) -> int:
+    """How many such tensors `vmap` makes one of."""
+    within = value
+    while _functorch.is_functorch_wrapped_tensor(within):
+        within = _functorch.get_unwrapped(within)
+    return within.numel() // value.numel() if value.numel() else 1
 
 
 def _padding(tokens: str | None, shape: Any, given: Mapping[str, Any], at: Mapping[str, int | str]) -> Padding | None:
