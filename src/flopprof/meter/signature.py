@@ -216,9 +216,9 @@ class _Told:
     def add(self, value: Any, name: Any = "", depth: int = 0) -> None:
         """One more value, under that name."""
         parts, ints, kind = self.parts, self.ints, type(value)
-        while isinstance(value, _Tensor) and _functorch.is_functorch_wrapped_tensor(value):
-            parts.append("within")  # vmap hides a dimension, grad none
-            value = _functorch.get_unwrapped(value)
+        if isinstance(value, _Tensor):
+            value, times = _unwrapped(value)
+            parts += ["within"] * times  # vmap hides a dimension, grad none
         if isinstance(value, _Tensor) and value.is_nested:
             _add_nested(value, parts, ints)
         elif kind is _Tensor or kind is _Parameter:
@@ -367,17 +367,23 @@ def size_of(root: Root, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tup
             if len(shape) == 2 and not value.is_floating_point() and not value.is_complex():
                 padding = _padding(tokens, shape, given, at) if times == 1 else None
                 return times * shape[0] * shape[1], times * shape[0], padding
-            return 0, times * shape[0] if times == 1 or len(shape) > 1 else times, None
+            return 0, times if len(shape) == 1 and times > 1 else times * shape[0], None
     batch = next((value for value in (*args, *kwargs.values()) if isinstance(value, Mapping)), None)
     return (0, 0, None) if batch is None else (*size_of(root, (), batch)[:2], None)
 
 
+def _unwrapped(value: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """What the transformations of torch.func wrap, and how many of them do."""
+    times = 0
+    while _functorch.is_functorch_wrapped_tensor(value):
+        value = _functorch.get_unwrapped(value)
+        times += 1
+    return value, times
+
+
 def _mapped(value: torch.Tensor) -> int:
     """How many such tensors `vmap` makes one of."""
-    within = value
-    while _functorch.is_functorch_wrapped_tensor(within):
-        within = _functorch.get_unwrapped(within)
-    return within.numel() // value.numel() if value.numel() else 1
+    return _unwrapped(value)[0].numel() // value.numel() if value.numel() else 1
 
 
 def _padding(tokens: str | None, shape: Any, given: Mapping[str, Any], at: Mapping[str, int | str]) -> Padding | None:
