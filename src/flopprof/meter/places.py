@@ -54,9 +54,13 @@ class Start:
     matched  uncounted, it made as many nodes as in a count
     missed   uncounted, it made others: no form tells it, and it is counted when it comes again
     doubts   so often it made others than in any count, but ended as there
+    begun    where a segment began that turned out to be the last of a row: what runs behind that is told here
+    awaited  behind so many segments of a step, it was the last of a row that was never counted
     """
 
-    __slots__ = ("counts", "doubts", "ended", "ints", "known", "matched", "missed", "place", "segments")
+    __slots__ = (
+        *("awaited", "begun", "counts", "doubts", "ended", "ints", "known", "matched", "missed", "place", "segments"),
+    )
 
     def __init__(self, place: Place, ints: Ints) -> None:
         self.place, self.ints = place, ints
@@ -64,6 +68,8 @@ class Start:
         self.counts: set[int] = set()
         self.ended: set[bool] = set()
         self.doubts = 0
+        self.begun: Start | None = None
+        self.awaited: frozenset[int] = frozenset()
         self.segments: dict[Done | None, Segment] = {}
 
     def segment(self, graph: Done | None) -> Segment:
@@ -119,11 +125,13 @@ class Place:
     wide       it differed from step to step: all that came before in the step matters
     busy       a step began here, and multiplied something before its first call
     told       nothing but what the step was given tells its calls apart, so that no graph is ever done with
+    aside      a call that autograd does not record
+    row        what runs behind the last of these in a row, which all of them tell
     """
 
     __slots__ = (
-        *("ambiguous", "busy", "children", "depth", "done", "evaluations", "forms", "known", "missed", "opens"),
-        *("name", "over", "plain", "recorded", "sight", "starts", "told", "tries", "wide"),
+        *("ambiguous", "aside", "busy", "children", "depth", "done", "evaluations", "forms", "known", "missed"),
+        *("name", "opens", "over", "plain", "recorded", "row", "sight", "starts", "told", "tries", "wide"),
     )
 
     def __init__(
@@ -135,6 +143,7 @@ class Place:
         self.opens = True  # a counter may be opened here
         self.ambiguous = self.wide = self.busy = False
         self.plain = False  # a call, or a backward pass that makes no graph of its own
+        self.aside = self.row = False
         self.children: dict[Any, Place] = {}
         self.starts: dict[Ints, Start] = {}
         self.done: dict[Ints, Done] = {}
@@ -156,7 +165,11 @@ class Place:
                 over=(self.over or backward) and not told,
                 told=told,
             )
-            found.plain = not structure[3] if backward else type(next(iter(structure), None)) is int
+            call = type(next(iter(structure), None)) is int
+            found.plain = not structure[3] if backward else call
+            again = structure[:1] == ("again",)
+            found.aside = self.aside if again else call and self.depth < 0 and not found.recorded
+            found.row = structure[:1] == ("row",) or (again and self.row)
             found.opens = structure[:1] != ("optimizer",)
             self.ambiguous |= structure[:1] == ("again",)
             self.wide |= structure[:1] == ("after",)

@@ -21,6 +21,7 @@ from flopprof.meter.signature import Root, arguments, plain, size_of
 from flopprof.meter.steps import Moment, OpenStep, Repeat
 from flopprof.meter.timing import Timer
 from flopprof.meter.tracking import Tracker
+from flopprof.meter.trail import works
 from flopprof.meter.watching import Watch, instruments
 from flopprof.meter.work import Work, total
 from flopprof.profile import Attention
@@ -152,7 +153,8 @@ class Recorder:
         step.compilations = instruments.compilations
         step.start = self.timer.mark()
         given = self.opaque or self._bypassed or (self._once_bypassed and step.batch is not None)
-        recount |= (self._closures or self.tracker.late or self._looked == 1) and self._batches.new(step.batch)
+        late = self._closures or self.tracker.late
+        recount |= (late or self._looked == 1) and self._batches.new(step.batch) and late
         if not given:
             self.tracker.begin(recount=recount)
         else:
@@ -255,7 +257,7 @@ class Recorder:
         told = parts if plain((*args, *kwargs.values())) else None
         event = None if told is None else tuple(told[1:])
         self._note(told)
-        kept = None if event is None else self.known(event)
+        kept = None if event is None else self.known(event, aside=not grad)
         if kept is None:
             self._moments = None
             kept = self._describe(root, grad, event, args, kwargs)
@@ -373,7 +375,7 @@ class Recorder:
     # --- read later --------------------------------------------------------------------------------------------------
     def work(self, segments: tuple[Done, ...]) -> Work | None:
         """What a step of these segments multiplied; None where one of them is not counted."""
-        parts = [done.place.end(done.ints).work if done.work is None else done.work for done in segments]
+        parts = [*works(segments)]
         return None if any(part is None for part in parts) else total(part for part in parts if part is not None)
 
     def effective_tokens(self, step: OpenStep) -> int | None:

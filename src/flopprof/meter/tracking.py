@@ -15,13 +15,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from flopprof.counting.runtime import FlopCounter
 from flopprof.counting.tally import Tally
 from flopprof.meter.compiling import anything_compiled, in_compiled
+from flopprof.meter.models import Roots
 from flopprof.meter.modes import close
 from flopprof.meter.places import MOST, Done, Ints, Lead, Place, Segment, Start, Tree, led
 from flopprof.meter.signature import Structure
@@ -36,32 +37,17 @@ _modes = torch._C._len_torch_dispatch_stack
 _mode_at = torch._C._get_dispatch_stack_at
 _nodes_made = torch._C._autograd._get_sequence_nr
 _inference = torch.is_inference_mode_enabled
+Ended = tuple[Any, Segment | None, Done | None]
 # So often a segment is counted again because it made other nodes than when it was counted.
 _DOUBTS = 2
 # So often a step is counted because something in the one before it could not be.
 _TRIES = 3
 
 
-class Models(Protocol):
-    """The models of a meter."""
-
-    def named(self) -> torch.nn.Module | None:
-        """What names the counter's modules."""
-
-    def compiled(self) -> bool:
-        """Does a part of them run compiled?"""
-
-    def opened(self) -> None:
-        """A counter is open."""
-
-    def closed(self) -> None:
-        """It is closed."""
-
-
 class Tracker:
     """The events of a step under way, and everything counted so far."""
 
-    def __init__(self, models: Models, attention: Attention) -> None:
+    def __init__(self, models: Roots, attention: Attention) -> None:
         self._models = models
         self._attention = attention
         self.counter: FlopCounter | None = None
@@ -141,15 +127,20 @@ class Tracker:
             return 0
         return min([most, *(due - self._steps - 1 for due in self._due if due > self._steps)])
 
-    def known(self, event: Any) -> Any:
-        """What the caller keeps with an event that is known to follow here; None where it must be described."""
+    def known(self, event: Any, *, aside: bool = False) -> Any:
+        """What the caller keeps with an event that is known to follow here; None where it must be described.
+
+        aside: a call that autograd does not record.
+        """
         segment = self._segment
         if segment is None or self.counter is not None or segment.start.place.ambiguous:
             return None
+        if segment.start.place.aside and not aside:
+            segment = self._trail.ended(segment)
         made = _nodes_made()
         since = 0 if self.tree.sight.blind else made - self._made
         edge = segment.edges.get((since, event, *self._trail.key(segment.start.place)))
-        if edge is None or not edge[1].start.known:
+        if edge is None or not edge[1].start.known or len(self._trail) + 1 in edge[1].start.awaited:
             return None
         segment.start.matched = True
         self._made = made
@@ -172,11 +163,16 @@ class Tracker:
         self._link(key, before, done, self._enter(start, None), kept)
 
     def backward(self, event: Structure) -> bool:
-        """A backward pass starts, over the calls since the graph before was done with. Is it counted from here on?"""
+        """A backward pass starts. Is it counted from here on?
+
+        It is told by the calls since the graph before was done with, or by those in a row that led to it without one.
+        """
         opened = self.counter is None
         key, before, done = self._end(event)
         graph = self._graph
         place, ints = (self.tree.calls, ()) if graph is None else (graph.place, graph.ints)
+        if graph is None and done is not None and before is not None and before.start.place.row:
+            place, ints = place.child(("behind", done.place.name)), done.ints
         self._link(key, before, done, self._enter(place.child(event).start(ints), None), True)
         return opened and self.counter is not None
 
@@ -209,7 +205,7 @@ class Tracker:
 
     def finish(self) -> tuple[Done, ...]:
         """The step is over: its segments. Their work is known then, but where one must be counted another time."""
-        segment = self._segment
+        segment = None if self._segment is None else self._trail.ended(self._segment)
         if self.counter is None and segment is not None and not segment.start.place.apart:
             done = segment.ends.get(0 if self.tree.sight.blind else _nodes_made() - self._made)
             if done is not None and done.work is not None:
@@ -256,8 +252,8 @@ class Tracker:
 
     # --- segments ----------------------------------------------------------------------------------------------------
     def _follow(self, event: Any, structure: Structure, ints: Ints, kept: Any, lead: Lead | None = None) -> None:
-        """Something that autograd does not record: what it recorded before goes on behind it."""
-        key, before, done = self._end(event, lead)
+        """Something that autograd does not record: what it recorded before goes on behind it. lead: if it is a call."""
+        key, before, done = self._end(event, lead, aside=lead is not None)
         graph = self._graph
         if graph is not None and graph.place.told:  # all that tells this step from others
             start = graph.place.child(structure).start(graph.ints + ints)
@@ -265,12 +261,14 @@ class Tracker:
             start = self.tree.alone.child(structure).start(ints)
         self._link(key, before, done, self._enter(start, graph), kept)
 
-    def _end(self, event: Any, lead: Lead | None = None) -> tuple[Any, Segment | None, Done | None]:
+    def _end(self, event: Any, lead: Lead | None = None, *, aside: bool = False) -> Ended:
         """The running segment ends with this event: the key of that, the segment, and what is left of it."""
         before = self._segment
+        if before is not None and not aside:
+            before = self._segment = self._trail.ended(before)
         made = 0 if self.tree.sight.blind else _nodes_made() - self._made
         key = (made, event) if before is None else (made, event, *self._trail.key(before.start.place))
-        return key, before, self._settle(lead)
+        return key, before, self._settle(lead, aside=aside)
 
     def _link(self, key: Any, before: Segment | None, done: Done | None, segment: Segment, kept: Any) -> None:
         if before is not None and done is not None and done.work is not None and not before.start.place.ambiguous:
@@ -282,12 +280,22 @@ class Tracker:
         """A segment begins. graph: what autograd recorded before it, where it does not record this."""
         segment = self._segment = start.segment(graph)
         self._made = _nodes_made()
-        if self.counter is None and not start.known:
+        if self.counter is None and not self._is_known(segment):
             self._count_now(start)
         return segment
 
-    def _settle(self, lead: Lead | None = None) -> Done | None:
-        """The segment that runs is over. lead: the call that ended it."""
+    def _is_known(self, segment: Segment) -> bool:
+        """Is it known what the segment multiplies that begins? (In a row, whether it is the last one is seen later.)"""
+        start, at = segment.start, len(self._trail)
+        if at in start.awaited:
+            start.awaited -= {at}
+            return not self._trail.ended(segment).start.missed
+        if not start.known and start.place.aside:
+            start.known = self._trail.ended(segment).start.known
+        return start.known
+
+    def _settle(self, lead: Lead | None = None, *, aside: bool = False) -> Done | None:
+        """The segment that runs is over. lead: the call that ended it; aside: which autograd does not record."""
         segment, self._segment = self._segment, None
         counter = self.counter
         work = None
@@ -298,6 +306,8 @@ class Tracker:
                 work = work_of(profile, optimizer=not self._closure)
         if segment is None:
             return None
+        if not aside:
+            segment = self._trail.ended(segment)
         made = 0 if self.tree.sight.blind else _nodes_made() - self._made
         if lead is not None and segment is self._first:
             segment = led(segment, made, lead, work)
@@ -325,7 +335,9 @@ class Tracker:
     def _doubt(self, start: Start, *, called: bool) -> None:
         """Uncounted, it made other nodes than in any count: another branch, which is counted when it comes again."""
         start.miss()
-        if not self._countable(start.place):
+        if start.begun is not None:
+            start.begun.awaited |= {len(self._trail) - 1}
+        if start.place.aside or not self._countable(start.place):
             self._try_again(start.place)
         start.doubts += called in start.ended
         if start.doubts > _DOUBTS and not start.matched and len(start.counts) == 1:

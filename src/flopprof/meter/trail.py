@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from flopprof.meter.places import Done, Place, number
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
+
+from flopprof.meter.places import Done, Ints, Place, Segment, number
 from flopprof.meter.work import Work
 
 # What came before is kept of steps of so many segments, at most.
@@ -12,8 +15,8 @@ _MOST_BEFORE = 256
 class Trail(list[Done]):
     """The segments of one step, in order."""
 
-    def __init__(self, segments: list[Done] | None = None) -> None:
-        super().__init__(segments or [])
+    def __init__(self, segments: Iterable[Done] = ()) -> None:
+        super().__init__(segments)
         self._counts: dict[Done, Work] = {}  # of this step
         self._times: dict[Place, int] = {}  # so often a segment of it ended there, where that matters
 
@@ -32,6 +35,26 @@ class Trail(list[Done]):
             done = _after(done, self._context())
         self.append(done)
         return done, before
+
+    def ended(self, segment: Segment) -> Segment:
+        """A segment that is over: behind calls in a row that autograd does not record, all of them tell it.
+
+        What follows them works on what all of them gave: on every chunk of a batch, say.
+        """
+        place = segment.start.place
+        if not place.aside:
+            return segment
+        row: dict[Place, list[Ints]] = {place: [segment.start.ints]}
+        for done in reversed(self):
+            call = done.plain or done
+            if not call.place.aside:
+                break
+            row.setdefault(call.place, []).append(call.ints[:-1])
+        told, ints = zip(*[_in_a_row(calls) for calls in row.values()], strict=True)
+        names = (0, *[member.name for member in [*row][1:]])
+        start = place.child(("row", *zip(names, told, strict=True))).start((*chain(*ints), *segment.start.ints))
+        start.begun = segment.start
+        return start.segment(segment.graph)
 
     def key(self, place: Place) -> tuple[Done, ...]:
         """What an edge out of that place is told by, beside the event."""
@@ -75,7 +98,31 @@ class Trail(list[Done]):
 
     def _context(self) -> tuple[Done, ...]:
         """All that came before in the step."""
-        return tuple([other.plain or other for other in self])
+        context: list[Done] = []
+        for done in self:
+            told = done.plain or done
+            while told.place.row and context and context[-1].place.aside:
+                context.pop()
+            context.append(told)
+        return tuple(context)
+
+
+def works(segments: Sequence[Done]) -> Iterator[Work | None]:
+    """What each segment of a step that is past multiplied; None where that is not counted.
+
+    It may have been seen since that what came before a segment matters.
+    """
+    for i, done in enumerate(segments):
+        if done.place.wide and done.plain is None:
+            done = _after(done, Trail(segments[:i])._context())
+        yield done.place.end(done.ints).work if done.work is None else done.work
+
+
+def _in_a_row(calls: list[Ints]) -> tuple[Ints, Ints]:
+    """Calls at one place, told by their number and by their integers, summed up where these differ; and which do."""
+    columns = [*zip(*calls, strict=True)]
+    varying = tuple(i for i, values in enumerate(columns) if len({*values}) > 1)
+    return varying, (len(calls), *[sum(values) if i in varying else values[0] for i, values in enumerate(columns)])
 
 
 def _after(done: Done, context: tuple[Done, ...]) -> Done:
