@@ -148,7 +148,7 @@ def test_a_float_that_matters_is_always_looked_at() -> None:
     assert [row for row, _ in found] == [8 - step % 2 for step in range(40)]
     assert all(counted for _, counted in found)
     (note, *_) = notes(Kept(), values)
-    assert note.startswith("a float that the models are given changes what they multiply")
+    assert note.startswith("floats that the models are given change what they multiply")
 
 
 def test_a_float_that_grows_steadily_is_counted_now_and_then() -> None:
@@ -165,7 +165,7 @@ def test_a_float_that_matters_late() -> None:
     assert [row for row, _ in found] == [7] * 33 + [6] * 17
     assert [step for step, (_, counted) in enumerate(found) if counted] == [*range(18), *range(33, 50)]
     (note, *_) = notes(Kept(), values)
-    assert note.startswith("a float that the models are given changes what they multiply")
+    assert note.startswith("floats that the models are given change what they multiply")
     assert note.endswith("Some steps before that was found may have been taken for others.")
 
 

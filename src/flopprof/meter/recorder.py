@@ -12,7 +12,6 @@ from flopprof.meter import notes
 from flopprof.meter.batches import Batches
 from flopprof.meter.between import Evaluations
 from flopprof.meter.compiling import compiled_call, inside_in_place
-from flopprof.meter.floats import Floats
 from flopprof.meter.models import Roots
 from flopprof.meter.optimizers import Optimizers, stepped_number
 from flopprof.meter.padding import Padding, Unpadded
@@ -22,6 +21,7 @@ from flopprof.meter.steps import Moment, OpenStep, Repeat
 from flopprof.meter.timing import Timer
 from flopprof.meter.tracking import Tracker
 from flopprof.meter.trail import works
+from flopprof.meter.values import Values
 from flopprof.meter.watching import Watch, instruments
 from flopprof.meter.work import Work, total
 from flopprof.profile import Attention
@@ -62,7 +62,7 @@ class Recorder:
         self._learnt = False  # the next steps may be held against the one that ended last
         self._alike = False  # it was the same as the one before it
         self._moments: list[Moment] | None = None  # of this step, where the next ones may be held against it
-        self._unpadded, self._floats = Unpadded(), Floats()
+        self._unpadded, self._values = Unpadded(), Values()
         self._optimizers = Optimizers()
         for model in models:
             self.add(model)
@@ -161,7 +161,7 @@ class Recorder:
             step.unseen = step.batch is None
             self._unseen |= step.unseen
             structure, ints = arguments((step.batch,), {})
-            structure = self._floats.told(("given", *structure), self.tracker.tree.start.children)
+            structure = self._values.told(("given", *structure), self.tracker.tree.start.children)
             self.tracker.begin(structure, ints, recount=recount)
         if self.tracker.counter is not None:
             step.left_out = ("counted",)
@@ -296,7 +296,7 @@ class Recorder:
             None if root.first is None else root.first.dtype,
         )
         known = self.tracker.tree.calls if grad else self.tracker.tree.alone
-        structure = self._floats.told((*about, *structure), known.children)
+        structure = self._values.told((*about, *structure), known.children)
         kept = size_of(root, args, kwargs)
         counted = self.tracker.counter is not None
         self.tracker.call(event or (structure, ints), structure, ints, kept, records=grad)
@@ -389,7 +389,7 @@ class Recorder:
             yield notes.OUTSIDE if self.opaque else notes.BYPASSED
         if self._closures:
             yield notes.CLOSURES
-        yield from self._floats.notes(tree.start.children, tree.calls.children, tree.alone.children)
+        yield from self._values.notes(tree.start.children, tree.calls.children, tree.alone.children)
         if tracker.widened:
             yield notes.WIDENED
         if tracker.corrections:

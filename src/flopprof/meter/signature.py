@@ -41,7 +41,7 @@ _SPARSE = (torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch.sparse_bs
 _functorch = torch._C._functorch
 _TOKENS = ("decoder_input_ids", "input_ids", "tokens", "idx")
 _WORDS = 24  # characters: what is longer is a text, no choice
-_FLOAT = "a float"  # with a space, as no text that is kept has
+_FLOAT, TEXT = "a float", "a text"  # with a space, as no text that is kept has
 _WRAPPED = ("_orig_mod", "_fsdp_wrapped_module", "module")  # what wrappers call the module inside
 _NAMED = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 
@@ -240,7 +240,7 @@ class _Told:
         elif isinstance(value, enum.Enum):
             parts += (_named(kind), value.name)
         elif isinstance(value, str):
-            parts.append(value if len(value) <= _WORDS and " " not in value else "text")
+            parts += (TEXT, value) if len(value) <= _WORDS and " " not in value else ("text",)
         elif kind is list or kind is tuple:
             parts += (kind.__name__, len(value))
             self._within((("", item) for item in value), depth)

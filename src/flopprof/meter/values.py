@@ -1,0 +1,159 @@
+"""The floats and texts that a model is given: they tell its calls apart for as long as they may matter.
+
+A float may say how much is multiplied (the share of rows that is kept), a text what is done (a task); one that changes
+in every step (a temperature, the name of a file) hardly does. Each value is a call of its own, and counted, until the
+counts of more than sixteen values are found to be equal: then other values are taken to be like them. A float that is
+further from them than they are from each other is counted, too, which a steady change makes rare. Where two counts
+differ, values are told apart for good.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
+
+from flopprof.meter.places import Place
+from flopprof.meter.signature import TEXT, Structure
+
+_MOST = 16
+# In a structure, in the place of a value; with a space, as no text that is kept there has.
+_ANY: dict[type, str] = {float: "any float", str: "any text"}
+_NAMES = {"floats": _ANY[float], "texts": _ANY[str]}
+
+Known = Mapping[Any, Place]  # the places of the calls so far, by structure
+
+
+class Values:
+    """Which of them matter, as far as one meter's counts say."""
+
+    def __init__(self) -> None:
+        self._matter: set[Structure] = set()  # with some values left out, the counts differed
+        self._spans: dict[Structure, list[tuple[float, float]]] = {}  # of each float that is left out
+        self._doubts: dict[Structure, Structure] = {}  # what is counted to see whether it is like the others
+        self._seen: dict[Structure, dict[int, set[Any]]] = {}  # a few values at each place, by all but the values
+        self._late = False
+
+    def told(self, structure: Structure, known: Known) -> Structure:
+        """The structure, without those values that do not matter."""
+        if structure in known:
+            return structure
+        for left_out in self._chosen(structure, known):
+            loose = _without(structure, left_out)
+            if loose not in self._matter and (
+                self._covers(loose, structure, left_out, known)
+                if loose in known
+                else self._equal(loose, left_out, known) > _MOST
+            ):
+                return self.told(loose, known)
+        return structure
+
+    def _chosen(self, structure: Structure, known: Known) -> Iterator[list[int]]:
+        """Values that might be left out together: all that are no choice of a few; without one, one kind, one float."""
+        many = self._many(structure, known)
+        floats = [i for i in many if type(structure[i]) is float]
+        texts = [i for i in many if type(structure[i]) is str]
+        tries = [many, *([i for i in many if i != left] for left in floats), texts, floats, *([i] for i in floats)]
+        yield from (left_out for i, left_out in enumerate(tries) if left_out and left_out not in tries[:i])
+
+    def _many(self, structure: Structure, known: Known) -> list[int]:
+        """Where more than a few values were seen in structures like this one."""
+        at = _values(structure)
+        rest = _without(structure, at)
+        if at and rest not in self._seen:
+            seen = self._seen[rest] = {i: set() for i in at}
+            for other in known:
+                if len(other) == len(rest) and _without(other, _values(other)) == rest:
+                    for i in at:
+                        seen[i].add(other[i])
+        return [i for i in at if self._is_free(self._seen[rest].setdefault(i, set()), structure[i])]
+
+    @staticmethod
+    def _is_free(seen: set[Any], value: Any) -> bool:
+        """With that value, are they more than a few? Or is any known to be like the others: by a resumed meter, say."""
+        if len(seen) <= _MOST:
+            seen.add(value)
+        return len(seen) > _MOST or _ANY[type(value)] in seen
+
+    def _covers(self, loose: Structure, structure: Structure, left_out: Collection[int], known: Known) -> bool:
+        """Are these floats no further from those that were counted than these are from each other?"""
+        left = [i for i in left_out if type(structure[i]) is float]
+        doubt = self._doubts.get(loose)
+        counted = doubt is not None and doubt in known and known[doubt].known
+        if counted or loose not in self._spans:
+            self._doubts.pop(loose, None)
+            self._equal(loose, left_out, known)
+            if loose in self._matter:
+                self._late = True
+                return False
+            like = [other for other in known if other != loose and _without(other, left_out) == loose]
+            self._spans[loose] = [(min(other[i] for other in like), max(other[i] for other in like)) for i in left]
+        near = all(
+            2 * low - high <= structure[i] <= 2 * high - low
+            for i, (low, high) in zip(left, self._spans[loose], strict=True)
+        )
+        if not near:
+            self._doubts[loose] = structure
+        return near
+
+    def _equal(self, loose: Structure, left_out: Collection[int], known: Known) -> int:
+        """So many values multiplied the same, of those whose counts can be compared; 0 where two of them differ."""
+        like = [place for structure, place in known.items() if _without(structure, left_out) == loose]
+        if len(like) <= _MOST:
+            return 0
+        counts: dict[Any, dict[int, Any]] = {}
+        for number, place in enumerate(like):
+            for where, numbers in _counts(place):
+                counts.setdefault(where, {})[number] = numbers
+        compared: set[int] = set()
+        for found in counts.values():
+            first, *others = found.values()
+            if any(other != first for other in others):
+                self._matter.add(loose)
+                return 0
+            if others:
+                compared |= found.keys()
+        return len(compared)
+
+    def notes(self, *known: Known) -> Iterator[str]:
+        """What a reader of the figures must know."""
+        left_out = {structure for places in known for structure in places if _kinds(structure)} - self._matter
+        if left_out:
+            yield (
+                f"{_kinds(*left_out)} that the models are given do not all tell steps apart: more than {_MOST} values "
+                "multiplied the same. recount_every= shows if others do."
+            )
+        if self._matter:
+            late = " Some steps before that was found may have been taken for others." if self._late else ""
+            yield (
+                f"{_kinds(*self._matter)} that the models are given change what they multiply: steps of each new "
+                f"value are counted, and in no figure.{late}"
+            )
+
+
+def _kinds(*structures: Structure) -> str:
+    """What is left out in these."""
+    return " or ".join(name for name, any_ in _NAMES.items() if any(any_ in structure for structure in structures))
+
+
+def _values(structure: Structure) -> list[int]:
+    """Where its floats and texts are."""
+    return [
+        i
+        for i, part in enumerate(structure)
+        if type(part) is float or (i and structure[i - 1] == TEXT and part != _ANY[str])
+    ]
+
+
+def _without(structure: Structure, left_out: Collection[int]) -> Structure:
+    left = {*left_out}
+    return tuple(_ANY.get(type(part), part) if i in left else part for i, part in enumerate(structure))
+
+
+def _counts(place: Place) -> Iterator[tuple[Any, Any]]:
+    """Everything counted from this place on: (events and integers, numbers)."""
+    waiting: list[tuple[Structure, Place]] = [((), place)]
+    while waiting:
+        events, here = waiting.pop()
+        for ints, work in here.known.items():
+            yield (events, ints), work.numbers()
+        waiting += (((*events, event), child) for event, child in here.children.items())
