@@ -153,6 +153,26 @@ def test_a_step_of_maml_of_second_order_is_counted_once() -> None:
         assert ["counted" in record.left_out for record in meter.records] == [True] + [False] * 9
 
 
+def test_maml_of_second_order_with_inner_steps_of_varying_number() -> None:
+    """The last backward pass goes through all of them, though each has had its gradient taken."""
+    model = linear(8, 3)
+    inner = [(1, 3), (3, 1), (2, 2), (1, 2), (2, 1), (3, 3)] * 3
+
+    def step(tasks: tuple[int, int]) -> None:
+        x, losses = torch.randn(6, 8), []
+        for steps in tasks:
+            weight: torch.Tensor = model.weight
+            for _ in range(steps):
+                loss = torch.func.functional_call(model, {"weight": weight}, (x,)).square().sum()
+                (gradient,) = torch.autograd.grad(loss, [weight], create_graph=True)
+                weight = weight - 0.1 * gradient
+            losses.append(torch.func.functional_call(model, {"weight": weight}, (x,)).square().sum())
+        torch.stack(losses).sum().backward()
+
+    # An inner step: forward, gradient, and both differentiated once more; the outer one: forward and backward.
+    assert metered([model], step, inner) == [sum(4 * steps + 2 for steps in tasks) * 2 * 6 * 8 * 3 for tasks in inner]
+
+
 # --- sizes that shapes do not show ------------------------------------------------------------------------------------
 def test_a_dimension_that_vmap_hides_is_seen() -> None:
     model = linear(8, 3)

@@ -17,10 +17,10 @@ class Batches:
         self._seen: set[Any] = set()
 
     def new(self, batch: Any) -> bool:
-        """Is the batch unlike those before?"""
+        """Is the batch unlike those before? (The first one is like none, but that is nothing new.)"""
         if batch is None or len(self._seen) >= _MOST:
             return False
         told = arguments((batch,), {})
-        new = told not in self._seen
+        new = bool(self._seen) and told not in self._seen
         self._seen.add(told)
         return new

@@ -119,7 +119,8 @@ class Place:
     """A place in the tree of events.
 
     recorded   autograd follows these events
-    over       with the last of them a graph was done with: a call begins a new one
+    over       with the last of them a graph was done with: a call begins a new one. Not with a backward pass that makes
+               a graph, which goes on in another one
     name       a number for the events on the way here, the same in every process
     ambiguous  what was multiplied here differed within one step
     wide       it differed from step to step: all that came before in the step matters
@@ -162,7 +163,7 @@ class Place:
                 self.sight,
                 self.depth + 1,
                 recorded=self.recorded or told,
-                over=(self.over or backward) and not told,
+                over=(self.over or (backward and not structure[3])) and not told,
                 told=told,
             )
             call = type(next(iter(structure), None)) is int

@@ -153,8 +153,7 @@ class Recorder:
         step.compilations = instruments.compilations
         step.start = self.timer.mark()
         given = self.opaque or self._bypassed or (self._once_bypassed and step.batch is not None)
-        late = self._closures or self.tracker.late
-        recount |= (late or self._looked == 1) and self._batches.new(step.batch) and late
+        recount |= (self._closures or self.tracker.late or self._looked == 1) and self._batches.new(step.batch)
         if not given:
             self.tracker.begin(recount=recount)
         else:
