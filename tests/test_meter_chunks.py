@@ -136,6 +136,22 @@ def test_any_number_of_chunks_is_soon_known(make: type[Loop]) -> None:
     assert not [i for i in counted if i >= 80]
 
 
+def test_micro_batches_of_chunks() -> None:
+    """Each with a backward pass of its own, through what the loop made of them: the one before tells nothing of it."""
+    loop = Loop()
+    meter = loop.meter()
+    numbers = random.Random(5)
+    batches = [[CHUNK * numbers.randint(1, 5) for _ in range(2)] for _ in range(60)]
+    for sizes in meter.track(batches, progress=False):
+        for rows in sizes:
+            z = chunked(loop.encoder, torch.randn(rows, IN))
+            (z @ loop.mix @ z.T).square().mean().backward()
+        loop.finish()
+    meter.summary()
+    expected = [sum(encode(n) + 2 * 2 * n * OUT * OUT + 2 * 2 * n * n * OUT for n in sizes) for sizes in batches]
+    assert [record.model_flops for record in meter.records] == expected
+
+
 def test_numbers_of_chunks_are_known_to_a_resumed_meter() -> None:
     sizes = [3, 12, 24, 6, 9, 15] * 4
     loop = Pooled()

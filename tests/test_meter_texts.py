@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 
@@ -64,6 +66,15 @@ def test_a_task_beside_them_goes_on_telling_steps_apart() -> None:
     found, counted, _ = measured(lambda step: (named(step, task=tasks[step]),), 120)
     assert found == [flops(task) for task in tasks]
     assert len(counted) == 2 * 18  # of either task
+
+
+@pytest.mark.parametrize("choices", [("c4", "wiki", "code"), ("c4", "wiki", "a text of several words", "code")])
+def test_a_few_texts_in_many_combinations(choices: tuple[str, ...]) -> None:
+    """Where each sample comes from: no step has the same ones as another, though each is one of a few."""
+    combinations = list(itertools.islice(itertools.product(choices, repeat=ROWS), 60))
+    found, counted, _ = measured(lambda step: (named(0, source=combinations[step]),), 60)
+    assert found == [flops()] * 60
+    assert counted == [*range(18)]
 
 
 def test_names_and_a_temperature() -> None:

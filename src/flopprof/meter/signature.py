@@ -240,7 +240,7 @@ class _Told:
         elif isinstance(value, enum.Enum):
             parts += (_named(kind), value.name)
         elif isinstance(value, str):
-            parts += (TEXT, value) if len(value) <= _WORDS and " " not in value else ("text",)
+            parts += (TEXT, value if len(value) <= _WORDS and " " not in value else "a long text")
         elif kind is list or kind is tuple:
             parts += (kind.__name__, len(value))
             self._within((("", item) for item in value), depth)

@@ -171,8 +171,9 @@ class Tracker:
         key, before, done = self._end(event)
         graph = self._graph
         place, ints = (self.tree.calls, ()) if graph is None else (graph.place, graph.ints)
-        if graph is None and done is not None and before is not None and before.start.place.row:
-            place, ints = place.child(("behind", done.place.name)), done.ints
+        ended = graph is None or graph.place.over
+        if ended and done is not None and before is not None and before.start.place.row:
+            place, ints = place.child(("behind", done.place.name)), ints + done.ints
         self._link(key, before, done, self._enter(place.child(event).start(ints), None), True)
         return opened and self.counter is not None
 

@@ -31,29 +31,27 @@ class Values:
         self._spans: dict[Structure, list[tuple[float, float]]] = {}  # of each float that is left out
         self._doubts: dict[Structure, Structure] = {}  # what is counted to see whether it is like the others
         self._seen: dict[Structure, dict[int, set[Any]]] = {}  # a few values at each place, by all but the values
+        self._apart: set[Structure] = set()  # of these a new value was counted for that
         self._late = False
 
     def told(self, structure: Structure, known: Known) -> Structure:
         """The structure, without those values that do not matter."""
         if structure in known:
             return structure
-        for left_out in self._chosen(structure, known):
+        mattered: set[Structure] = set()
+        many = self._many(structure, known)
+        for left_out in _tries(structure, many):
             loose = _without(structure, left_out)
-            if loose not in self._matter and (
+            if loose in self._matter:
+                mattered |= {loose} if {*left_out} <= {*many} else set()
+            elif (
                 self._covers(loose, structure, left_out, known)
                 if loose in known
                 else self._equal(loose, left_out, known) > _MOST
             ):
                 return self.told(loose, known)
+        self._apart |= mattered
         return structure
-
-    def _chosen(self, structure: Structure, known: Known) -> Iterator[list[int]]:
-        """Values that might be left out together: all that are no choice of a few; without one, one kind, one float."""
-        many = self._many(structure, known)
-        floats = [i for i in many if type(structure[i]) is float]
-        texts = [i for i in many if type(structure[i]) is str]
-        tries = [many, *([i for i in many if i != left] for left in floats), texts, floats, *([i] for i in floats)]
-        yield from (left_out for i, left_out in enumerate(tries) if left_out and left_out not in tries[:i])
 
     def _many(self, structure: Structure, known: Known) -> list[int]:
         """Where more than a few values were seen in structures like this one."""
@@ -122,12 +120,21 @@ class Values:
                 f"{_kinds(*left_out)} that the models are given do not all tell steps apart: more than {_MOST} values "
                 "multiplied the same. recount_every= shows if others do."
             )
-        if self._matter:
+        if self._apart:
             late = " Some steps before that was found may have been taken for others." if self._late else ""
             yield (
-                f"{_kinds(*self._matter)} that the models are given change what they multiply: steps of each new "
+                f"{_kinds(*self._apart)} that the models are given change what they multiply: steps of each new "
                 f"value are counted, and in no figure.{late}"
             )
+
+
+def _tries(structure: Structure, many: list[int]) -> Iterator[list[int]]:
+    """Values that might be left out together: all; those that are no choice of a few, without one, one kind, one."""
+    floats = [i for i in many if type(structure[i]) is float]
+    texts = [i for i in many if type(structure[i]) is str]
+    without_one = [[i for i in many if i != left] for left in floats]
+    tries = [_values(structure), many, *without_one, texts, floats, *([i] for i in floats)]
+    yield from (left_out for i, left_out in enumerate(tries) if left_out and left_out not in tries[:i])
 
 
 def _kinds(*structures: Structure) -> str:
