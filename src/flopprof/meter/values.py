@@ -129,11 +129,11 @@ class Values:
 
 
 def _tries(structure: Structure, many: list[int]) -> Iterator[list[int]]:
-    """Values that might be left out together: all; those that are no choice of a few, without one, one kind, one."""
+    """Values that might be left out together: all that are no choice of a few; without one, one kind, one."""
     floats = [i for i in many if type(structure[i]) is float]
     texts = [i for i in many if type(structure[i]) is str]
     without_one = [[i for i in many if i != left] for left in floats]
-    tries = [_values(structure), many, *without_one, texts, floats, *([i] for i in floats)]
+    tries = [many, *without_one, texts, floats, *([i] for i in floats)]
     yield from (left_out for i, left_out in enumerate(tries) if left_out and left_out not in tries[:i])
 
 
