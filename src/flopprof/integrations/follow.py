@@ -10,7 +10,7 @@ import torch
 
 from flopprof.errors import UsageError
 from flopprof.meter import Meter
-from flopprof.meter.roots import Roots, find_roots, go_on
+from flopprof.meter.roots import Roots, find_roots
 
 
 class Following:
@@ -23,7 +23,7 @@ class Following:
         self.meter = Meter(**options)
         self._roots: Roots = find_roots(self.meter, parameter)
         self.meter.go_on_from(step)
-        self.open = self._waits = self._counted = False
+        self.open = self._waits = False
         self._since = time.perf_counter()
         # Where training raises, no trainer says so: the hooks go with the callback.
         self._remove = weakref.finalize(self, self._roots.remove)
@@ -40,9 +40,7 @@ class Following:
 
     def wait(self) -> None:
         """Inside the step, more data is waited for."""
-        recorder = self.meter._recorder
-        self._counted = recorder.tracker.counter is not None
-        recorder.pause("data_wait")
+        self.meter._recorder.pause("data_wait")
         self._waits = True
 
     def go_on(self) -> None:
@@ -50,7 +48,6 @@ class Following:
         if self._waits:
             self._waits = False
             self.meter._recorder.resume()
-            go_on(self.meter._recorder.tracker, "data_wait", counted=self._counted)
 
     def instead(self, name: str) -> None:
         """Inside the step, what the time that data is waited for goes to from here on: evaluation, or data_wait."""

@@ -9,11 +9,9 @@ import torch
 
 from flopprof.errors import UsageError
 from flopprof.meter.meter import Meter
-from flopprof.meter.roots import go_on
 from flopprof.meter.steps import OpenStep
 
 _modes = torch._C._len_torch_dispatch_stack
-_nodes_made = torch._C._autograd._get_sequence_nr
 # A step without a call of a module is told from others by little: so often it is counted again.
 RECOUNT_WITHOUT_CALLS = 8
 
@@ -29,9 +27,9 @@ class Contiguous(Meter):
         """As a meter does; inside a dispatch mode of the script's own, which may end in mid-step, none is opened."""
         others, tracker = _modes(), self._recorder.tracker
         super().start_step(batch, data_wait_s=data_wait_s)
-        tracker._modes = 0
-        if others and tracker.counter is not None:
-            tracker._leave()
+        tracker.counter.modes = 0
+        if others and tracker.counter.open is not None:
+            tracker.counter.leave()
             tracker.from_start = True
 
     def boundary(self) -> None:
@@ -62,20 +60,10 @@ class Contiguous(Meter):
 
     def aside(self, name: str, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """The result of a call whose time is a row of its own, and after which the step goes on as before it."""
-        recorder = self._recorder
-        tracker, timer, step = recorder.tracker, recorder.timer, self._open
-        if step is None or recorder._span is not None:
+        if self._open is None or self._recorder._span is not None:
             return call(*args, **kwargs)
-        counted = tracker.counter is not None
-        if counted:
-            tracker.interrupt()
-        start, made = timer.mark(), _nodes_made()
-        try:
+        with self.pause(name):
             return call(*args, **kwargs)
-        finally:
-            step.spans = (*step.spans, (name, start, timer.mark()))
-            tracker._made += _nodes_made() - made  # they tell nothing of the step
-            go_on(tracker, name, counted=counted)
 
     def drop(self) -> None:
         """The step under way will not end."""

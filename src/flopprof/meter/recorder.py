@@ -81,7 +81,7 @@ class Recorder:
         """Take the hooks off."""
         self.forget()
         self._watch.remove()
-        self.tracker.leave_late()
+        self.tracker.counter.leave_late()
 
     @property
     def models(self) -> list[torch.nn.Module]:
@@ -162,7 +162,7 @@ class Recorder:
             structure, ints = arguments((step.batch,), {})
             structure = self._values.told(("given", *structure), self.tracker.tree.start.children)
             self.tracker.begin(structure, ints, recount=recount)
-        if self.tracker.counter is not None:
+        if self.tracker.counter.open is not None:
             step.left_out = ("counted",)
         self._moments = [] if learns and self._alike and not self.tracker.whole and not given else None
 
@@ -216,13 +216,14 @@ class Recorder:
         """What runs from here on is no part of the step."""
         self.at_length()
         self.resume()
-        self.tracker.interrupt()
+        self.tracker.suspend()
         self._span = (name, self.timer.mark())
 
     def resume(self) -> None:
         """The pause is over, or the evaluation; if there was any."""
         if self._step is not None and self._span is not None:
             self._step.spans = (*self._step.spans, (*self._span, self.timer.mark()))
+            self.tracker.resume()
         self._span = None
 
     # --- told by the hooks -------------------------------------------------------------------------------------------
@@ -247,7 +248,7 @@ class Recorder:
             step is None
             or self._span is not None
             or (root.trained and not grad and not training)
-            or self.tracker.counter is not None
+            or self.tracker.counter.open is not None
         ):
             if self._aside(root, evaluates=not grad and not training):
                 return
@@ -297,9 +298,9 @@ class Recorder:
         known = self.tracker.tree.calls if grad else self.tracker.tree.alone
         structure = self._values.told((*about, *structure), known.children)
         kept = size_of(root, args, kwargs)
-        counted = self.tracker.counter is not None
+        counted = self.tracker.counter.open is not None
         self.tracker.call(event or (structure, ints), structure, ints, kept, records=grad)
-        if not counted and self.tracker.counter is not None:
+        if not counted and self.tracker.counter.open is not None:
             step.left_out = (*step.left_out, "counted")
         return kept
 
@@ -315,14 +316,14 @@ class Recorder:
             return True  # a pause
         if evaluates and root.trained:
             if self._span is None:
-                self.tracker.interrupt()
+                self.tracker.suspend()
                 self._span, self._evaluates = ("", self.timer.mark()), root
             return True
         if self._span is not None:
             if self._evaluates is not None and not self._evaluates.module.training and not root.trains():
                 return True  # a metric, say, or a teacher beside its student
             self.resume()
-        counts = self.tracker.counter is not None
+        counts = self.tracker.counter.open is not None
         itself, inside = compiled_call() if counts else (False, False)
         inside |= counts and inside_in_place(root.module)
         if inside:
@@ -342,6 +343,8 @@ class Recorder:
         if torch._guards.TracingContext.try_get() is not None:
             return  # a compiler differentiates what it compiles
         step = self.at_length()
+        if self._span is not None and not self._span[0]:
+            self.resume()  # what trains is no evaluation
         self._note(parts)
         event = (*parts[1:5], self._roots.placed(parts[5])) if parts[5] else parts[1:]
         if self.known(event) is None:
@@ -354,7 +357,7 @@ class Recorder:
         step = self.at_length()
         if step is None or (self._span is not None and self._span[0]):
             return
-        self.resume()  # what trains is no evaluation
+        self.resume()
         if over:
             self.tracker.after_closure()
             return

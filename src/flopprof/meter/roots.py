@@ -23,7 +23,6 @@ from flopprof.meter.compiling import compiled_within
 from flopprof.meter.recorder import Recorder
 from flopprof.meter.signature import Root
 from flopprof.meter.timing import CudaTimer
-from flopprof.meter.tracking import Tracker
 from flopprof.meter.watching import NOTHING, Before
 
 if TYPE_CHECKING:
@@ -245,14 +244,6 @@ def move(meter: Meter, parameter: torch.Tensor) -> None:
     meter.device = meter._history.device
     if parameter.is_cuda:
         meter._recorder.timer = CudaTimer()
-
-
-def go_on(tracker: Tracker, name: str, *, counted: bool) -> None:
-    """What was no part of the step is over; counted: the step was being counted before, and is again."""
-    if counted and tracker.counter is None and tracker.may_open():
-        tracker._open()
-    if tracker.known(name) is None:
-        tracker._follow(name, (name,), (), True)
 
 
 class CompiledFunction(torch.nn.Module):

@@ -221,7 +221,7 @@ class Script:
                 return made(*args, **kwargs)
             self._before(optimizer, args, kwargs)
             recorder = None if self.meter is None else self.meter._recorder
-            if recorder is not None and recorder.tracker.counter is None:  # else its own hooks run, and tell
+            if recorder is not None and recorder.tracker.counter.open is None:  # else its own hooks run, and tell
                 recorder.stepped(optimizer, closure=False, over=False)
             self._compiled_step = True
             try:

@@ -19,24 +19,18 @@ from typing import Any
 
 import torch
 
-from flopprof.counting.runtime import FlopCounter
-from flopprof.counting.tally import Tally
 from flopprof.meter.compiling import anything_compiled, in_compiled
 from flopprof.meter.models import Roots
-from flopprof.meter.modes import close
+from flopprof.meter.opening import StepCounter
 from flopprof.meter.places import MOST, Done, Ints, Lead, Place, Segment, Start, Tree, led
 from flopprof.meter.signature import Structure
 from flopprof.meter.steps import Here
 from flopprof.meter.trail import Trail
-from flopprof.meter.work import work_of
 from flopprof.profile import Attention
 
 logger = logging.getLogger(__name__)
 
-_modes = torch._C._len_torch_dispatch_stack
-_mode_at = torch._C._get_dispatch_stack_at
 _nodes_made = torch._C._autograd._get_sequence_nr
-_inference = torch.is_inference_mode_enabled
 Ended = tuple[Any, Segment | None, Done | None]
 # So often a segment is counted again because it made other nodes than when it was counted.
 _DOUBTS = 2
@@ -50,7 +44,7 @@ class Tracker:
     def __init__(self, models: Roots, attention: Attention) -> None:
         self._models = models
         self._attention = attention
-        self.counter: FlopCounter | None = None
+        self.counter = StepCounter(models, attention)
         self.whole = False  # this step is counted from its start on
         self.from_start = True  # the next step is counted from its start on
         self.late = False  # a call is seen where it is too late to count it: what it runs is compiled
@@ -64,9 +58,7 @@ class Tracker:
         self._graph: Done | None = None  # what autograd recorded last, where another segment runs
         self._trail = Trail()
         self._made = 0
-        self._modes = 0
-        self._inference: bool | None = False  # at the start of the step; None: not known
-        self._left: FlopCounter | None = None  # that could not be closed where it was no longer needed
+        self._suspended: tuple[Segment | None, int] | None = None  # what ran, and the nodes that there were
         self._closure = False
         self._optimizers: dict[Structure, list[Structure]] = {}  # by class and parameters: by those that had a gradient
 
@@ -80,9 +72,7 @@ class Tracker:
         """A step begins; structure and ints of what it is given, where only that tells steps apart."""
         self._trail = Trail()
         self._closure = False
-        self._inference = _inference()
-        self.leave_late()
-        self._modes = _modes()
+        self.counter.begin()
         self._graph = None
         self._steps += 1
         first = self._first
@@ -98,7 +88,7 @@ class Tracker:
             self._due.discard(self._steps)
             if self._models.compiled():
                 self.lose_sight()
-            self._open()
+            self.counter.enter()
         self.whole = wanted
         segment = self._enter(self.tree.start.child(structure).start(ints), None)
         if not structure:
@@ -111,10 +101,10 @@ class Tracker:
     def go_on(self, here: Here) -> None:
         """Follow a step from here on."""
         self._steps += 1
-        self._segment, trail, self._made, self._modes = here
+        self._segment, trail, self._made, modes = here
         self._trail = Trail(trail)
         self._closure = self.whole = False
-        self._inference = None if _inference() else False
+        self.counter.go_on(modes)
         self._graph = None
 
     def here(self) -> tuple[Segment | None, int]:
@@ -123,7 +113,7 @@ class Tracker:
 
     def ahead(self, most: int) -> int:
         """So many of the next steps, at most, are known to need no count."""
-        if self.from_start or self.counter is not None:
+        if self.from_start or self.counter.open is not None:
             return 0
         return min([most, *(due - self._steps - 1 for due in self._due if due > self._steps)])
 
@@ -133,7 +123,7 @@ class Tracker:
         aside: a call that autograd does not record.
         """
         segment = self._segment
-        if segment is None or self.counter is not None or segment.start.place.ambiguous:
+        if segment is None or self.counter.open is not None or segment.start.place.ambiguous:
             return None
         if segment.start.place.aside and not aside:
             segment = self._trail.ended(segment)
@@ -167,7 +157,7 @@ class Tracker:
 
         It is told by the calls since the graph before was done with, or by those in a row that led to it without one.
         """
-        opened = self.counter is None
+        opened = self.counter.open is None
         key, before, done = self._end(event)
         graph = self._graph
         place, ints = (self.tree.calls, ()) if graph is None else (graph.place, graph.ints)
@@ -175,13 +165,13 @@ class Tracker:
         if ended and done is not None and before is not None and before.start.place.row:
             place, ints = place.child(("behind", done.place.name)), ints + done.ints
         self._link(key, before, done, self._enter(place.child(event).start(ints), None), True)
-        return opened and self.counter is not None
+        return opened and self.counter.open is not None
 
     def optimizer_event(self, event: Structure, stepped: Callable[[], int]) -> tuple[Structure, bool]:
         """What an optimizer's step is told by; does it multiply, and by what is stepped is it told then?"""
         kinds = self._optimizers.setdefault(event, [])
         multiplies = any(work.hardware_flops for kind in kinds for work in self.tree.alone.child(kind).known.values())
-        if kinds and not multiplies and self.counter is None:
+        if kinds and not multiplies and self.counter.open is None:
             return kinds[0], False
         kind = "optimizer", event, stepped()
         if kind not in kinds:
@@ -198,16 +188,23 @@ class Tracker:
         self._follow("over", ("over",), (), True)
         self._closure = False
 
-    def interrupt(self) -> None:
-        """What runs from here to the next event is no part of the step."""
-        self._settle()
-        if self.counter is not None and _mode_at(_modes() - 1) is self.counter and _inference() == self._inference:
-            self._leave()
+    def suspend(self) -> None:
+        """What runs from here to `resume` is no part of the step."""
+        self._suspended = self._segment, _nodes_made()
+        self._segment = None
+        self.counter.suspend()
+
+    def resume(self) -> None:
+        """What runs from here on belongs to the segment that ran before."""
+        if self._suspended is not None:
+            (self._segment, made), self._suspended = self._suspended, None
+            self._made += _nodes_made() - made
+            self.counter.resume()
 
     def finish(self) -> tuple[Done, ...]:
         """The step is over: its segments. Their work is known then, but where one must be counted another time."""
         segment = None if self._segment is None else self._trail.ended(self._segment)
-        if self.counter is None and segment is not None and not segment.start.place.apart:
+        if self.counter.open is None and segment is not None and not segment.start.place.apart:
             done = segment.ends.get(0 if self.tree.sight.blind else _nodes_made() - self._made)
             if done is not None and done.work is not None:
                 segment.start.matched |= segment.start.known
@@ -215,22 +212,14 @@ class Tracker:
                 self._trail.append(done)
                 return tuple(self._trail)
         self._settle()
-        if self.counter is not None:
-            self._leave()
+        self.counter.leave()
         return tuple(self._trail)
 
     def abandon(self) -> None:
         """The step was interrupted: what its last segment would have multiplied is not known."""
         self._segment = None
-        if self.counter is not None:
-            self._leave()
+        self.counter.leave()
         self._trail = Trail()
-
-    def leave_late(self) -> None:
-        """Close a counter that could not be closed at the end of its step."""
-        if self._left is not None and not _inference():
-            close(self._left)
-            self._left = None
 
     def lose_sight(self) -> None:
         """Something runs compiled: from now on, nodes are not looked at, nor those that were counted."""
@@ -281,7 +270,7 @@ class Tracker:
         """A segment begins. graph: what autograd recorded before it, where it does not record this."""
         segment = self._segment = start.segment(graph)
         self._made = _nodes_made()
-        if self.counter is None and not self._is_known(segment):
+        if self.counter.open is None and not self._is_known(segment):
             self._count_now(start)
         return segment
 
@@ -298,13 +287,7 @@ class Tracker:
     def _settle(self, lead: Lead | None = None, *, aside: bool = False) -> Done | None:
         """The segment that runs is over. lead: the call that ended it; aside: which autograd does not record."""
         segment, self._segment = self._segment, None
-        counter = self.counter
-        work = None
-        if counter is not None:
-            tally, counter.tally = counter.tally, Tally()
-            if segment is not None:
-                profile = tally.profile(counter._names.frames, counter.model, self._attention)
-                work = work_of(profile, optimizer=not self._closure)
+        work = self.counter.take(optimizer=not self._closure)
         if segment is None:
             return None
         if not aside:
@@ -345,10 +328,6 @@ class Tracker:
             self.lose_sight()  # counted it always makes those, uncounted never: a compiled function
 
     # --- counting ----------------------------------------------------------------------------------------------------
-    def may_open(self) -> bool:
-        """Is everything closed that was opened since the step's start?"""
-        return _modes() == self._modes and _inference() == self._inference
-
     def _countable(self, place: Place) -> bool:
         """Where a graph begins, in a plain call or backward: what runs from there on needs nothing that ran before.
 
@@ -359,16 +338,13 @@ class Tracker:
         return (place.depth == 0 or plain) and place.opens and not self._closure
 
     def _count_now(self, start: Start) -> None:
-        # A mode may be opened inside other contexts of the loop's only where it is sure to be closed before them. The
-        # end of inference mode brings back what of modes there was at its beginning: a counter is opened and closed
-        # on the same side of it.
         place = start.place
-        if self._countable(place) and self.may_open():
+        if self._countable(place) and self.counter.may_open():
             if in_compiled():
                 self.late = True
                 self._try_again(place)
             else:
-                self._open()
+                self.counter.enter()
         else:
             self._try_again(place)
 
@@ -381,18 +357,3 @@ class Tracker:
             place.missed = self._steps
         if place.tries <= _TRIES:
             self.from_start = True
-
-    def _open(self) -> None:
-        counter = FlopCounter(self._models.named(), attention=self._attention)
-        counter.__enter__()
-        self.counter = counter
-        self._models.opened()
-
-    def _leave(self) -> None:
-        counter, self.counter = self.counter, None
-        assert counter is not None
-        self._models.closed()
-        if _inference() == self._inference:
-            close(counter)
-        else:
-            self._left = counter
