@@ -1,9 +1,10 @@
 """Polynomials through counts at whatever sizes a loop happened to have: exact, and proved by the counts themselves.
 
-Counts of a training loop lie on no grid, so the coefficients are solved for exactly. A form is taken
-only where each count is told by all of the others, and used between the sizes that were counted (in their hull), on
-the lattice that they span (a form of even lengths says nothing of odd ones). Sizes that the form does not look at must
-not matter, as far as the counts can tell: batches of 8 x 64 and 4 x 128 tokens say nothing of 8 x 128.
+Counts of a training loop lie on no grid, so the coefficients are solved for exactly. A form is taken only where each
+count is told by all of the others, and used between the sizes that were counted (in their hull; between those of each
+kind, where it is linear and many prove it), on the lattice that they span (a form of even lengths says nothing of odd
+ones). Sizes that the form does not look at must not matter, as far as the counts can tell: batches of 8 x 64 and
+4 x 128 tokens say nothing of 8 x 128.
 
 Where several sizes vary, counts that differ in few of them are looked at first: a smaller last batch must not spoil
 what is known of the others.
@@ -14,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations, permutations, product
-from operator import mul
+from operator import add, mul
 
 Sizes = tuple[int, ...]  # below 0: -1 - the nodes that autograd made, a result as the counts are
 Name = tuple[str, str]
@@ -136,12 +137,15 @@ class Fit:
         divisor: int,
         points: Sequence[Sizes],
     ) -> None:
-        self._columns, self._used, self._basis = columns, used, basis
+        looked_at = [i for i in range(len(used)) if any(powers[i] for powers in basis)]
+        self._columns, self._used = columns, [used[i] for i in looked_at]
+        self._basis = [tuple(powers[i] for i in looked_at) for powers in basis]
         self._table, self._divisor = table, divisor
+        self._linear = len(points) >= _MOST_SAMPLES and all(sum(powers) < 2 for powers in basis)
         self._varying = [column.first for column in columns if not column.constant]
         self._idle: set[int] = set()
         if len(points) > _SETTLED:
-            self._idle = set(self._varying) - {columns[i].first for i in used}
+            self._idle = set(self._varying) - {columns[i].first for i in self._used}
         # What the counts tell apart of the varying sizes and their products.
         self._known = _Span([self._described(point) for point in points]) if len(self._varying) > 1 else None
         self._hulls = {
@@ -153,7 +157,7 @@ class Fit:
         """Its values at these sizes, which may lack the last ones; None where it is not proved."""
         if not all(column.covers(sizes, beyond=column.first in self._idle) for column in self._columns):
             return None
-        if not all(_within((sizes[i], sizes[j]), hull) for (i, j), hull in self._hulls.items()):
+        if not self._linear and not all(_within((sizes[i], sizes[j]), hull) for (i, j), hull in self._hulls.items()):
             return None
         if self._known is not None and not self._known.holds(self._described(sizes)):
             return None
@@ -242,8 +246,9 @@ def fitted(samples: Mapping[Sizes, Counts]) -> Fit | None:
         solution = _solved(matrix, rows)
         if solution is not None and all(_Span(matrix).told):
             coefficients, divisor = solution
-            table = {name: [line[i] for line in coefficients] for i, name in enumerate(names)}
-            return Fit(columns, used, basis, table, divisor, points)
+            terms = [i for i, line in enumerate(coefficients) if any(line)]
+            table = {name: [coefficients[i][column] for i in terms] for column, name in enumerate(names)}
+            return Fit(columns, used, [basis[i] for i in terms], table, divisor, points)
     return None
 
 
@@ -273,7 +278,13 @@ def _candidates(varying: Sequence[int]) -> Iterator[tuple[tuple[int, ...], list[
     for count in range(1, _symbols(len(varying)) + 1):
         for used in combinations(varying, count):
             found += [(used, basis) for basis in _bases(count)]
-    found.append((tuple(varying), [(0,) * len(varying), *_units(len(varying))]))
+    plain = [(0,) * len(varying), *_units(len(varying))]
+    found.append((tuple(varying), plain))
+    if _MOST_SYMBOLS < len(varying) <= _MOST_ALONE:  # linear, and what each is times one of them: a batch, or calls
+        for lead in _units(len(varying)):
+            found.append(
+                (tuple(varying), [*plain, *(tuple(map(add, lead, unit)) for unit in plain[1:] if unit != lead)])
+            )
     yield from sorted(found, key=lambda item: (len(item[1]), len(item[0])))
 
 

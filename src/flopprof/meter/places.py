@@ -16,6 +16,8 @@ Ints = tuple[int, ...]
 Lead = tuple[tuple[Any, ...], Ints]  # a call's structure and integers
 # So many entries a table holds before it is begun anew: it only saves time.
 MOST = 1 << 14
+# So many steps in a row are counted, at most, to see the end of a row that comes now and then.
+_MOST_TRIES = 64
 # After so many evaluations of a form the next one is counted instead, which proves it again or refutes it.
 _CHECKS = frozenset(4**k for k in range(2, 20))
 
@@ -55,11 +57,13 @@ class Start:
     missed   uncounted, it made others: no form tells it, and it is counted when it comes again
     doubts   so often it made others than in any count, but ended as there
     begun    where a segment began that turned out to be the last of a row: what runs behind that is told here
-    awaited  behind so many segments of a step, it was the last of a row that was never counted
+    awaited  behind so many segments of a step, it was the last of a row that was never counted: tries that are left
+    tries    so often that row is looked for when it ended uncounted: ever more often
     """
 
     __slots__ = (
         *("awaited", "begun", "counts", "doubts", "ended", "ints", "known", "matched", "missed", "place", "segments"),
+        *("tries",),
     )
 
     def __init__(self, place: Place, ints: Ints) -> None:
@@ -69,7 +73,8 @@ class Start:
         self.ended: set[bool] = set()
         self.doubts = 0
         self.begun: Start | None = None
-        self.awaited: frozenset[int] = frozenset()
+        self.awaited: dict[int, int] = {}
+        self.tries = 1
         self.segments: dict[Done | None, Segment] = {}
 
     def segment(self, graph: Done | None) -> Segment:
@@ -84,6 +89,12 @@ class Start:
     def miss(self) -> None:
         """Uncounted, it made other nodes."""
         self.missed, self.known = True, False
+
+    def wait(self, at: int) -> None:
+        """Uncounted, it was the last of a row, behind so many segments: it is counted when it comes there again."""
+        if self.begun is not None:
+            self.begun.awaited[at] = self.tries
+            self.tries = min(4 * self.tries, _MOST_TRIES)
 
     def count(self, made: int) -> None:
         """It was counted, and made so many nodes."""
@@ -128,11 +139,12 @@ class Place:
     told       nothing but what the step was given tells its calls apart, so that no graph is ever done with
     aside      a call that autograd does not record
     row        what runs behind the last of these in a row, which all of them tell
+    kinds      of the others in such rows, by their names (its own is 0): how their integers are told
     """
 
     __slots__ = (
-        *("ambiguous", "aside", "busy", "children", "depth", "done", "evaluations", "forms", "known", "missed"),
-        *("name", "opens", "over", "plain", "recorded", "row", "sight", "starts", "told", "tries", "wide"),
+        *("ambiguous", "aside", "busy", "children", "depth", "done", "evaluations", "forms", "kinds", "known"),
+        *("missed", "name", "opens", "over", "plain", "recorded", "row", "sight", "starts", "told", "tries", "wide"),
     )
 
     def __init__(
@@ -145,6 +157,7 @@ class Place:
         self.ambiguous = self.wide = self.busy = False
         self.plain = False  # a call, or a backward pass that makes no graph of its own
         self.aside = self.row = False
+        self.kinds: dict[int, Ints] = {}
         self.children: dict[Any, Place] = {}
         self.starts: dict[Ints, Start] = {}
         self.done: dict[Ints, Done] = {}
@@ -171,6 +184,8 @@ class Place:
             again = structure[:1] == ("again",)
             found.aside = self.aside if again else call and self.depth < 0 and not found.recorded
             found.row = structure[:1] == ("row",) or (again and self.row)
+            if structure[:1] == ("row",):
+                self.kinds |= {name: kinds for name, (kinds, _) in structure[1:]}
             found.opens = structure[:1] != ("optimizer",)
             self.ambiguous |= structure[:1] == ("again",)
             self.wide |= structure[:1] == ("after",)

@@ -277,9 +277,12 @@ class Tracker:
     def _is_known(self, segment: Segment) -> bool:
         """Is it known what the segment multiplies that begins? (In a row, whether it is the last one is seen later.)"""
         start, at = segment.start, len(self._trail)
-        if at in start.awaited:
-            start.awaited -= {at}
-            return not self._trail.ended(segment).start.missed
+        left = start.awaited.pop(at, 0)
+        if left:
+            missed = self._trail.ended(segment).start.missed
+            if missed and left > 1:
+                start.awaited[at] = left - 1
+            return not missed
         if not start.known and start.place.aside:
             start.known = self._trail.ended(segment).start.known
         return start.known
@@ -319,8 +322,7 @@ class Tracker:
     def _doubt(self, start: Start, *, called: bool) -> None:
         """Uncounted, it made other nodes than in any count: another branch, which is counted when it comes again."""
         start.miss()
-        if start.begun is not None:
-            start.begun.awaited |= {len(self._trail) - 1}
+        start.wait(len(self._trail) - 1)
         if start.place.aside or not self._countable(start.place):
             self._try_again(start.place)
         start.doubts += called in start.ended

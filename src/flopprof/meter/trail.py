@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import chain
+from itertools import combinations, repeat
+from operator import mul
+from typing import Any
 
 from flopprof.meter.places import Done, Ints, Place, Segment, number
 from flopprof.meter.work import Work
@@ -50,9 +52,15 @@ class Trail(list[Done]):
             if not call.place.aside:
                 break
             row.setdefault(call.place, []).append(call.ints[:-1])
-        told, ints = zip(*[_in_a_row(calls) for calls in row.values()], strict=True)
-        names = (0, *[member.name for member in [*row][1:]])
-        start = place.child(("row", *zip(names, told, strict=True))).start((*chain(*ints), *segment.start.ints))
+        names = {member: member.name for member in row} | {place: 0}
+        event: list[Any] = ["row"]
+        ints: list[int] = []
+        for member in sorted(row, key=names.__getitem__):
+            name = names[member]
+            told, found = _in_a_row(row[member], place.kinds.get(name, ()))
+            event.append((name, told))
+            ints += found
+        start = place.child((*event,)).start((*ints,))
         start.begun = segment.start
         return start.segment(segment.graph)
 
@@ -118,11 +126,27 @@ def works(segments: Sequence[Done]) -> Iterator[Work | None]:
         yield done.place.end(done.ints).work if done.work is None else done.work
 
 
-def _in_a_row(calls: list[Ints]) -> tuple[Ints, Ints]:
-    """Calls at one place, told by their number and by their integers, summed up where these differ; and which do."""
-    columns = [*zip(*calls, strict=True)]
-    varying = tuple(i for i, values in enumerate(columns) if len({*values}) > 1)
-    return varying, (len(calls), *[sum(values) if i in varying else values[0] for i, values in enumerate(columns)])
+def _in_a_row(calls: list[Ints], before: Ints) -> tuple[tuple[Ints, Ints], Ints]:
+    """Calls at one place, the latest first: how each of their integers is told, and their number with what tells them.
+
+    0: what is the same in all calls, by that; 1: what differs in the latest alone, by that and the sum; 2: all else by
+    these, the greatest, the sum of squares, and sums of products with others like it. before: how they were told in
+    rows before, of which none is told by less in this one.
+    """
+    kinds: list[int] = []
+    ints, uneven = [len(calls)], []
+    for values, least in zip(zip(*calls, strict=True), before or repeat(0), strict=False):
+        latest, others = values[0], {*values[1:]}
+        kinds.append(max(least, 2 if len(others) > 1 else int(not others <= {latest})))
+        ints.append(latest)
+        if kinds[-1] > 0:
+            ints.append(sum(values))
+        if kinds[-1] > 1:
+            ints += [max(values), sum(value * value for value in values)]
+            uneven.append(values)
+    several = [*dict.fromkeys(uneven)]
+    ints += [sum(map(mul, a, b)) for a, b in combinations(several, 2)]
+    return ((*kinds,), (*map(several.index, uneven),)), (*ints,)
 
 
 def _after(done: Done, context: tuple[Done, ...]) -> Done:
