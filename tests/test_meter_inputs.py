@@ -17,7 +17,8 @@ from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from flopprof import Meter
-from flopprof.meter.signature import Root, arguments
+from flopprof.meter.arguments import arguments
+from flopprof.meter.signature import Root
 from wrapped import Wrapper
 
 ROW = 3 * 2 * 8 * 4  # of nn.Linear(8, 4) over one row that wants a gradient: forward, and both of the backward

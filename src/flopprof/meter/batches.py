@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from flopprof.meter.signature import arguments
+from flopprof.meter.arguments import arguments
 
 # So many kinds are counted as soon as they come.
 _MOST = 16

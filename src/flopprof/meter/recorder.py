@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from flopprof.meter import notes
+from flopprof.meter.arguments import arguments, plain
 from flopprof.meter.batches import Batches
 from flopprof.meter.between import Evaluations
 from flopprof.meter.compiling import compiled_call, inside_in_place
@@ -16,7 +17,7 @@ from flopprof.meter.models import Roots
 from flopprof.meter.optimizers import Optimizers, stepped_number
 from flopprof.meter.padding import Padding, Unpadded
 from flopprof.meter.places import Done
-from flopprof.meter.signature import Root, arguments, plain, size_of
+from flopprof.meter.signature import Root, size_of
 from flopprof.meter.steps import Moment, OpenStep, Repeat
 from flopprof.meter.timing import Timer
 from flopprof.meter.tracking import Tracker

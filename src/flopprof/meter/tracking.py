@@ -19,11 +19,11 @@ from typing import Any
 
 import torch
 
+from flopprof.meter.arguments import Structure
 from flopprof.meter.compiling import anything_compiled, in_compiled
 from flopprof.meter.models import Roots
 from flopprof.meter.opening import StepCounter
 from flopprof.meter.places import MOST, Done, Ints, Lead, Place, Segment, Start, Tree, led
-from flopprof.meter.signature import Structure
 from flopprof.meter.steps import Here
 from flopprof.meter.trail import Trail
 from flopprof.profile import Attention

@@ -12,8 +12,8 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
+from flopprof.meter.arguments import TEXT, Structure
 from flopprof.meter.places import Place
-from flopprof.meter.signature import TEXT, Structure
 
 _MOST = 16
 # In a structure, in the place of a value; with a space, as no text that is kept there has.

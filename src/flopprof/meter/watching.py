@@ -27,8 +27,9 @@ from flopprof.counting.imports import WhenImported, replaced
 from flopprof.counting.in_place import IN_A_CALL, Watcher, alone, carried, leave, past, stay, watch
 from flopprof.counting.in_use import WhileUsed
 from flopprof.counting.instrument import StandIn
+from flopprof.meter.arguments import MAY_TELL_BOUNDARIES, tells_boundaries
 from flopprof.meter.freezing import see
-from flopprof.meter.signature import MAY_TELL_BOUNDARIES, Root, tells_boundaries
+from flopprof.meter.signature import Root
 from flopprof.meter.steps import Repeat
 from flopprof.meter.timing import Timer
 
