@@ -18,16 +18,20 @@ from typing import Any
 
 import torch
 
+from flopprof.meter.places import number
+
 Structure = tuple[Any, ...]  # nested tuples of hashable things
 _Tensor, _Parameter = torch.Tensor, torch.nn.Parameter
-_PLAIN = (bool, type(None), torch.dtype, torch.device, torch.memory_format)
+_FLAGS = (bool, type(None))
+_PLAIN = (torch.dtype, torch.device, torch.memory_format)
 BOUNDARIES = ("cu_seq", "cu_len")
 MAY_TELL_BOUNDARIES = (*BOUNDARIES, "position_ids")  # how such names begin
 DEEPEST = 8
 _SPARSE = (torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
 _functorch = torch._C._functorch
 _WORDS = 24  # characters: what is longer is a text, no choice
-_FLOAT, TEXT = "a float", "a text"  # with a space, as no text that is kept has
+_RECORD = 3  # a tuple of more things is a sequence
+_FLOAT, TEXT, OF_THESE = "a float", "a text", "a float of these"  # with a space, as no text that is kept has
 _CLOSED = (type, torch.nn.Module, types.FunctionType, types.MethodType, types.BuiltinFunctionType)
 
 
@@ -72,6 +76,7 @@ class _Told:
         self.parts: list[Any] = []
         self.ints: list[int] = []
         self._flash = flash
+        self._samples: _Samples | None = None  # of the sequence under way
 
     def add(self, value: Any, name: Any = "", depth: int = 0) -> None:
         """One more value, under that name."""
@@ -90,6 +95,8 @@ class _Told:
                 ints.append(value._nnz())
             if kind is _Tensor and isinstance(name, str) and tells_boundaries(name, value, self._flash):
                 _add_boundaries(name, value, parts, ints)
+        elif kind in _FLAGS:
+            self._leaf(value)
         elif kind in _PLAIN:
             parts.append(value)
         elif kind is int and value >= 0:
@@ -100,18 +107,17 @@ class _Told:
         elif isinstance(value, enum.Enum):
             parts += (_named(kind), value.name)
         elif isinstance(value, str):
-            parts += (TEXT, value if len(value) <= _WORDS and " " not in value else "a long text")
-        elif kind is list or kind is tuple:
-            parts += (kind.__name__, len(value))
-            self._within((("", item) for item in value), depth)
+            self._leaf(TEXT, value if len(value) <= _WORDS and " " not in value else "a long text")
+        elif kind is list or (kind is tuple and len(value) > _RECORD):
+            self._add_sequence(value, depth)
+        elif kind is tuple:
+            self._begin("tuple", len(value))
+            self._within(((str(i), item) for i, item in enumerate(value)), depth)
         elif isinstance(value, Mapping):
-            parts += (_named(kind), len(value))
-            if depth < DEEPEST:
-                for key, item in value.items():
-                    parts.append(key if isinstance(key, str | int) else None)
-                    self.add(item, key, depth + 1)
+            self._begin(_named(kind), *(key if isinstance(key, str | int) else None for key in value))
+            self._within(value.items(), depth)
         elif isinstance(value, slice | range):
-            parts.append(kind.__name__)
+            self._begin(kind.__name__)
             self._within((("", end) for end in (value.start, value.stop, value.step)), depth)
         elif isinstance(value, _Tensor):  # a subclass: sharded, fake, quantised, masked ...
             parts += (_named(kind), value.dtype, value.dim(), value.requires_grad)
@@ -119,30 +125,89 @@ class _Told:
         elif isinstance(value, numbers.Number) or hasattr(value, "__array_interface__"):
             self._add_number(value)
         else:
-            parts.append(_named(kind))
+            self._begin(_named(kind))
             self._within(_inside(value), depth)
 
-    def _within(self, values: Iterator[tuple[str, Any]], depth: int) -> None:
+    def _within(self, values: Iterable[tuple[Any, Any]], depth: int) -> None:
         if depth < DEEPEST:
+            samples = self._samples
+            path = () if samples is None else samples.path
             for name, item in values:
+                if samples is not None and name != "":
+                    samples.path = (*path, name)
                 self.add(item, name, depth + 1)
+            if samples is not None:
+                samples.path = path
+
+    def _leaf(self, *told: Any) -> None:
+        """A flag, a float or a text."""
+        if self._samples is None:
+            self.parts += told
+        else:
+            self._samples.add(told[-1], leaf=True)
+
+    def _begin(self, *told: Any) -> None:
+        """Something that holds others."""
+        if self._samples is None:
+            self.parts += told
+        else:
+            self._samples.add(told)
+
+    def _add_sequence(self, value: list[Any] | tuple[Any, ...], depth: int) -> None:
+        outermost = self._samples is None
+        if outermost:
+            self._samples = _Samples()
+        self._begin("sequence", len(value))
+        self._within((("", item) for item in value), depth)
+        if outermost and self._samples is not None:
+            samples, self._samples = self._samples, None
+            self.parts += samples.told()
 
     def _add_number(self, value: Any) -> None:
         """Those of numpy are as Python's are; of an array, dtype and shape."""
         if isinstance(value, numbers.Integral):
             self.add(int(value))
         elif isinstance(value, numbers.Real):
-            number = float(value)
-            self.parts += (_FLOAT, "not a number" if math.isnan(number) else number)  # which is not equal to itself
+            told = float(value)
+            self._leaf(_FLOAT, "not a number" if math.isnan(told) else told)  # which is not equal to itself
         elif isinstance(value, numbers.Complex):
-            self.parts.append("complex")
+            self._begin("complex")
             self._add_number(value.real)
             self._add_number(value.imag)
         elif str(getattr(value, "dtype", None)) == "bool" and value.ndim == 0:
-            self.parts.append(bool(value))
+            self._leaf(bool(value))
         else:
             self.parts += (_named(type(value)), str(getattr(value, "dtype", "")), getattr(value, "ndim", 0))
             self.ints += getattr(value, "shape", ())
+
+
+class _Samples:
+    """What a sequence tells beside its tensors and integers: the flags, floats and texts of all samples at once.
+
+    One value stands for all of their file names, one for all of their labels: told one by one, choices of so many
+    samples would hardly come a second time. Floats are told by the least and the greatest, too.
+    """
+
+    def __init__(self) -> None:
+        self.path: tuple[Any, ...] = ()  # names on the way to what is being looked at
+        self._found: dict[tuple[Any, ...], list[Any]] = {}
+        self._leaves: set[tuple[Any, ...]] = set()
+
+    def add(self, value: Any, *, leaf: bool = False) -> None:
+        """One more, under the names on the way to it."""
+        self._found.setdefault(self.path, []).append(value)
+        if leaf:
+            self._leaves.add(self.path)
+
+    def told(self) -> Iterator[Any]:
+        """The parts of a structure that stand for all of them."""
+        for path, values in sorted(self._found.items(), key=repr):
+            if path in self._leaves or len({*values[1:]}) > 1:  # keys that some of the samples lack
+                floats = [value for value in values if type(value) is float]
+                yield from (TEXT, f"{number(repr((path, values))):x}")
+                yield from (OF_THESE, min(floats), OF_THESE, max(floats)) if floats else ()
+            else:
+                yield path, tuple(values)
 
 
 def _named(kind: type) -> str:

@@ -103,6 +103,14 @@ class Forms:
         return fit
 
 
+def are_one(samples: Mapping[Sizes, Counts]) -> bool:
+    """Is there one proved form through the latest of these counts?"""
+    forms = Forms()
+    for sizes, counts in samples.items():
+        forms.add(sizes, counts)
+    return forms._fit((), [*samples]) is not None
+
+
 def _nodes_of(sizes: Sizes) -> Sizes:
     return tuple(size for size in sizes if size < 0)
 

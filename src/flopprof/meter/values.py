@@ -2,20 +2,25 @@
 
 A float may say how much is multiplied (the share of rows that is kept), a text what is done (a task); one that changes
 in every step (a temperature, the name of a file) hardly does. Each value is a call of its own, and counted, until the
-counts of more than sixteen values are found to be equal: then other values are taken to be like them. A float that is
+counts of more than sixteen values are found to be equal: then other values are taken to be like them; of a choice of a
+few beside others, those values that were seen. A float that is
 further from them than they are from each other is counted, too, which a steady change makes rare. Where two counts
 differ, values are told apart for good.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
-from flopprof.meter.arguments import TEXT, Structure
+from flopprof.meter.arguments import OF_THESE, TEXT, Structure
+from flopprof.meter.fitting import are_one
 from flopprof.meter.places import Place
 
 _MOST = 16
+# Of no more than these, each is tried alone as the one that matters.
+_MOST_CHOICES = 12
 # In a structure, in the place of a value; with a space, as no text that is kept there has.
 _ANY: dict[type, str] = {float: "any float", str: "any text"}
 _NAMES = {"floats": _ANY[float], "texts": _ANY[str]}
@@ -28,9 +33,9 @@ class Values:
 
     def __init__(self) -> None:
         self._matter: set[Structure] = set()  # with some values left out, the counts differed
-        self._spans: dict[Structure, list[tuple[float, float]]] = {}  # of each float that is left out
+        self._spans: dict[Structure, dict[int, tuple[float, float]]] = {}  # of each float that is left out
         self._doubts: dict[Structure, Structure] = {}  # what is counted to see whether it is like the others
-        self._seen: dict[Structure, dict[int, set[Any]]] = {}  # a few values at each place, by all but the values
+        self._seen: dict[Structure, defaultdict[int, set[Any]]] = {}  # a few at each place, by all else
         self._apart: set[Structure] = set()  # of these a new value was counted for that
         self._late = False
 
@@ -39,31 +44,35 @@ class Values:
         if structure in known:
             return structure
         mattered: set[Structure] = set()
-        many = self._many(structure, known)
-        for left_out in _tries(structure, many):
+        at = _values(structure)
+        many, new = self._many(structure, at, known)
+        for left_out in _tries(structure, many, at):
             loose = _without(structure, left_out)
+            strange = new and not {*left_out} <= {*many}
             if loose in self._matter:
                 mattered |= {loose} if {*left_out} <= {*many} else set()
             elif (
-                self._covers(loose, structure, left_out, known)
+                self._covers(loose, structure, left_out, known, strange=strange)
                 if loose in known
-                else self._equal(loose, left_out, known) > _MOST
+                else not strange and self._equal(loose, left_out, known) > _MOST
             ):
                 return self.told(loose, known)
         self._apart |= mattered
         return structure
 
-    def _many(self, structure: Structure, known: Known) -> list[int]:
-        """Where more than a few values were seen in structures like this one."""
-        at = _values(structure)
+    def _many(self, structure: Structure, at: list[int], known: Known) -> tuple[list[int], bool]:
+        """Where more than a few values were seen in structures like this one; elsewhere, is one a new one?"""
         rest = _without(structure, at)
         if at and rest not in self._seen:
-            seen = self._seen[rest] = {i: set() for i in at}
+            seen = self._seen[rest] = defaultdict(set)
             for other in known:
                 if len(other) == len(rest) and _without(other, _values(other)) == rest:
                     for i in at:
                         seen[i].add(other[i])
-        return [i for i in at if self._is_free(self._seen[rest].setdefault(i, set()), structure[i])]
+        whole = [i for i in at if _whole(structure, i) == i]
+        unseen = [i for i in whole if structure[i] not in self._seen[rest][i]]
+        free = [i for i in whole if self._is_free(self._seen[rest][i], structure[i])]
+        return [i for i in at if _whole(structure, i) in free], not {*unseen} <= {*free}
 
     @staticmethod
     def _is_free(seen: set[Any], value: Any) -> bool:
@@ -72,8 +81,13 @@ class Values:
             seen.add(value)
         return len(seen) > _MOST or _ANY[type(value)] in seen
 
-    def _covers(self, loose: Structure, structure: Structure, left_out: Collection[int], known: Known) -> bool:
-        """Are these floats no further from those that were counted than these are from each other?"""
+    def _covers(
+        self, loose: Structure, structure: Structure, left_out: Collection[int], known: Known, *, strange: bool
+    ) -> bool:
+        """Are these floats no further from those that were counted than these are from each other?
+
+        strange: a choice among these values is another one than all those before.
+        """
         left = [i for i in left_out if type(structure[i]) is float]
         doubt = self._doubts.get(loose)
         counted = doubt is not None and doubt in known and known[doubt].known
@@ -83,11 +97,10 @@ class Values:
             if loose in self._matter:
                 self._late = True
                 return False
-            like = [other for other in known if other != loose and _without(other, left_out) == loose]
-            self._spans[loose] = [(min(other[i] for other in like), max(other[i] for other in like)) for i in left]
-        near = all(
-            2 * low - high <= structure[i] <= 2 * high - low
-            for i, (low, high) in zip(left, self._spans[loose], strict=True)
+            self._spans[loose] = dict(_spans(loose, known))
+        spans = self._spans[loose]
+        near = not strange and all(
+            2 * low - high <= structure[i] <= 2 * high - low for i, (low, high) in spans.items() if i in left
         )
         if not near:
             self._doubts[loose] = structure
@@ -110,7 +123,18 @@ class Values:
                 return 0
             if others:
                 compared |= found.keys()
-        return len(compared)
+        return len(compared) if len(compared) > _MOST else self._on_one_form(counts)
+
+    @staticmethod
+    def _on_one_form(counts: Mapping[Any, Mapping[int, Any]]) -> int:
+        """So many counts, of sizes that hardly come twice, are told by one form at each place; not tried each time."""
+        forms: defaultdict[Any, dict[Any, Any]] = defaultdict(dict)
+        for (events, ints), found in counts.items():
+            forms[events][ints] = next(iter(found.values()))
+        fewest = min(map(len, forms.values()), default=0)
+        if fewest <= _MOST or fewest & (fewest - 1):
+            return 0
+        return fewest if all(are_one(points) for points in forms.values()) else 0
 
     def notes(self, *known: Known) -> Iterator[str]:
         """What a reader of the figures must know."""
@@ -128,13 +152,25 @@ class Values:
             )
 
 
-def _tries(structure: Structure, many: list[int]) -> Iterator[list[int]]:
-    """Values that might be left out together: all that are no choice of a few; without one, one kind, one."""
+def _tries(structure: Structure, many: list[int], at: list[int]) -> Iterator[list[int]]:
+    """Values to leave out together: all that are no choice of a few; without one, one kind, one; all; without one."""
     floats = [i for i in many if type(structure[i]) is float]
     texts = [i for i in many if type(structure[i]) is str]
     without_one = [[i for i in many if i != left] for left in floats]
-    tries = [many, *without_one, texts, floats, *([i] for i in floats)]
+    tries = [many, *without_one, texts, floats, *([i] for i in floats), at]
+    if len(at) <= _MOST_CHOICES:
+        tries += [[i for i in at if i != left] for left in at]
     yield from (left_out for i, left_out in enumerate(tries) if left_out and left_out not in tries[:i])
+
+
+def _spans(loose: Structure, known: Known) -> Iterator[tuple[int, tuple[float, float]]]:
+    """The least and the greatest that was counted of each float that is left out."""
+    left_out = [i for i, part in enumerate(loose) if part in _NAMES.values()]
+    like = [other for other in known if other != loose and _without(other, left_out) == loose]
+    for i in left_out:
+        floats = [other[i] for other in like if type(other[i]) is float]
+        if floats:
+            yield i, (min(floats), max(floats))
 
 
 def _kinds(*structures: Structure) -> str:
@@ -151,9 +187,19 @@ def _values(structure: Structure) -> list[int]:
     ]
 
 
+def _whole(structure: Structure, at: int) -> int:
+    """Where the value is that says all of a sequence, of whose floats the least and the greatest are told beside."""
+    while structure[at - 1] == OF_THESE:
+        at -= 2
+    return at
+
+
 def _without(structure: Structure, left_out: Collection[int]) -> Structure:
     left = {*left_out}
-    return tuple(_ANY.get(type(part), part) if i in left else part for i, part in enumerate(structure))
+    return tuple(
+        _ANY.get(type(part), part) if i in left and part not in _NAMES.values() else part
+        for i, part in enumerate(structure)
+    )
 
 
 def _counts(place: Place) -> Iterator[tuple[Any, Any]]:
