@@ -3,9 +3,8 @@
 A float may say how much is multiplied (the share of rows that is kept), a text what is done (a task); one that changes
 in every step (a temperature, the name of a file) hardly does. Each value is a call of its own, and counted, until the
 counts of more than sixteen values are found to be equal: then other values are taken to be like them; of a choice of a
-few beside others, those values that were seen. A float that is
-further from them than they are from each other is counted, too, which a steady change makes rare. Where two counts
-differ, values are told apart for good.
+few beside others, those values that were seen. A float that is further from them than they are from each other is
+counted, too, which a steady change makes rare. Where two counts differ, values are told apart for good.
 """
 
 from __future__ import annotations
