@@ -222,3 +222,22 @@ def test_a_sparse_input_is_told_by_its_number_of_values(layout: torch.layout) ->
     counts = [100, 100, 100, 50, 100, 50]
     found = metered([model], lambda values: model(edges(values), torch.randn(20, 16)).sum().backward(), counts)
     assert found == [2 * (2 * 20 * 16 * 4) + 2 * (2 * values * 4) for values in counts]
+
+
+def test_what_runs_last_is_told_by_what_ends_it() -> None:
+    """A metric behind the optimizer's step, and behind the backward pass in steps without one."""
+    model = nn.Linear(8, 4, bias=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with Meter(model, skip=0) as meter:
+        for i in range(40):
+            with meter.step():
+                out = model(torch.ones(2, 8))
+                out.sum().backward()
+                if i % 4 == 3:
+                    optimizer.step()
+                    optimizer.zero_grad()
+                out.detach() @ torch.ones(4, 4)
+        meter.summary()
+        counted = [i for i, record in enumerate(meter.records) if "counted" in record.left_out]
+        assert [record.model_flops for record in meter.records] == [2 * (2 * 2 * 8 * 4) + 2 * 2 * 4 * 4] * 40
+    assert counted == [0, 4, 8, 11]

@@ -14,6 +14,7 @@ from flopprof.meter.work import Work
 
 Ints = tuple[int, ...]
 Lead = tuple[tuple[Any, ...], Ints]  # a call's structure and integers
+_KINDS = ("backward", "optimizer", "over")
 # So many entries a table holds before it is begun anew: it only saves time.
 MOST = 1 << 14
 # So many steps in a row are counted, at most, to see the end of a row that comes now and then.
@@ -35,7 +36,7 @@ class Done:
     """A segment that is over: a place, and all of its integers. Its work may become known later.
 
     Numbers of nodes are among the integers as -1 - nodes, so that they can be told from sizes. plain: where all that
-    came before tells it apart, the same without that. context: what came before when it was counted.
+    came before tells it apart, the same without that. context: what that was when it was counted.
     """
 
     __slots__ = ("context", "ints", "place", "plain", "work")
@@ -44,7 +45,10 @@ class Done:
         self.place, self.ints = place, ints
         self.work: Work | None = None
         self.plain: Done | None = None
-        self.context: tuple[Done, ...] | None = None
+        self.context: Context | None = None
+
+
+Context = tuple[tuple[Done, ...], str]  # all that came before in a step, and the kind of event that came then
 
 
 class Start:
@@ -132,6 +136,7 @@ class Place:
     recorded   autograd follows these events
     over       with the last of them a graph was done with: a call begins a new one. Not with a backward pass that makes
                a graph, which goes on in another one
+    kind       of its events: a call, a backward pass, an optimizer's step, the end of that; of a step's start, none
     name       a number for the events on the way here, the same in every process
     ambiguous  what was multiplied here differed within one step
     wide       it differed from step to step: all that came before in the step matters
@@ -143,7 +148,7 @@ class Place:
     """
 
     __slots__ = (
-        *("ambiguous", "aside", "busy", "children", "depth", "done", "evaluations", "forms", "kinds", "known"),
+        *("ambiguous", "aside", "busy", "children", "depth", "done", "evaluations", "forms", "kind", "kinds", "known"),
         *("missed", "name", "opens", "over", "plain", "recorded", "row", "sight", "starts", "told", "tries", "wide"),
     )
 
@@ -158,6 +163,7 @@ class Place:
         self.plain = False  # a call, or a backward pass that makes no graph of its own
         self.aside = self.row = False
         self.kinds: dict[int, Ints] = {}
+        self.kind = ""
         self.children: dict[Any, Place] = {}
         self.starts: dict[Ints, Start] = {}
         self.done: dict[Ints, Done] = {}
@@ -180,6 +186,7 @@ class Place:
                 told=told,
             )
             call = type(next(iter(structure), None)) is int
+            found.kind = "call" if call else structure[0] if structure[:1] and structure[0] in _KINDS else self.kind
             found.plain = not structure[3] if backward else call
             again = structure[:1] == ("again",)
             found.aside = self.aside if again else call and self.depth < 0 and not found.recorded

@@ -258,7 +258,8 @@ class Tracker:
             before = self._segment = self._trail.ended(before)
         made = 0 if self.tree.sight.blind else _nodes_made() - self._made
         key = (made, event) if before is None else (made, event, *self._trail.key(before.start.place))
-        return key, before, self._settle(lead, aside=aside)
+        by = "call" if lead is not None else event if isinstance(event, str) else event[0]
+        return key, before, self._settle(lead, aside=aside, by=by)
 
     def _link(self, key: Any, before: Segment | None, done: Done | None, segment: Segment, kept: Any) -> None:
         if before is not None and done is not None and done.work is not None and not before.start.place.ambiguous:
@@ -287,8 +288,11 @@ class Tracker:
             start.known = self._trail.ended(segment).start.known
         return start.known
 
-    def _settle(self, lead: Lead | None = None, *, aside: bool = False) -> Done | None:
-        """The segment that runs is over. lead: the call that ended it; aside: which autograd does not record."""
+    def _settle(self, lead: Lead | None = None, *, aside: bool = False, by: str = "") -> Done | None:
+        """The segment that runs is over. lead: the call that ended it; aside: which autograd does not record.
+
+        by: the kind of event that did.
+        """
         segment, self._segment = self._segment, None
         work = self.counter.take(optimizer=not self._closure)
         if segment is None:
@@ -302,7 +306,7 @@ class Tracker:
         self._graph = done if segment.start.place.recorded else segment.graph
         start = segment.start
         wide = start.place.wide
-        done, before = self._trail.close(done, work)
+        done, before = self._trail.close(done, work, by)
         self.widened += start.place.wide and not wide
         if work is not None:
             start.ended.add(lead is not None)

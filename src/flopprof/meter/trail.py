@@ -7,7 +7,7 @@ from itertools import combinations, repeat
 from operator import mul
 from typing import Any
 
-from flopprof.meter.places import Done, Ints, Place, Segment, number
+from flopprof.meter.places import Context, Done, Ints, Place, Segment, number
 from flopprof.meter.work import Work
 
 # What came before is kept of steps of so many segments, at most.
@@ -22,19 +22,22 @@ class Trail(list[Done]):
         self._counts: dict[Done, Work] = {}  # of this step
         self._times: dict[Place, int] = {}  # so often a segment of it ended there, where that matters
 
-    def close(self, done: Done, work: Work | None) -> tuple[Done, Work | None]:
+    def close(self, done: Done, work: Work | None, by: str) -> tuple[Done, Work | None]:
         """One more is over: as what it is told apart, and the other count that was held true of that until now.
 
+        by: the kind of event that ended it.
+
         Most are told by their events. Where these are not enough in one step, by their number in it; where they are
-        not enough from step to step, by all that came before them in the step. work: what was counted.
+        not enough from step to step, by all that came before them in the step, and what came then: behind a backward
+        pass runs what would run behind the optimizer's step, in steps without one. work: what was counted.
         """
         before = None
         if done.place.ambiguous or (work is not None and self._is_another(done, work)):
             done = self._again(done, work)
         if work is not None:
-            done, before = self._learn(done, work)
+            done, before = self._learn(done, work, by)
         elif done.place.wide:
-            done = _after(done, self._context())
+            done = _after(done, self._context(by))
         self.append(done)
         return done, before
 
@@ -80,7 +83,7 @@ class Trail(list[Done]):
         done.place.tell_apart(ambiguous=True)
         for i, other in enumerate(self):
             if other is done:
-                self[i], _ = self._learn(self._again(done, before), before)
+                self[i], _ = self._learn(self._again(done, before), before, [*self, done][i + 1].place.kind)
         return True
 
     def _again(self, done: Done, work: Work | None) -> Done:
@@ -91,10 +94,10 @@ class Trail(list[Done]):
             place.note(done.ints, work)
         return place.child(("again", times)).end(done.ints)
 
-    def _learn(self, done: Done, work: Work) -> tuple[Done, Work | None]:
+    def _learn(self, done: Done, work: Work, by: str) -> tuple[Done, Work | None]:
         """A count is true of this; the other one that was held true until now, if there was one."""
-        place, before, context, then = done.place, done.work, self._context(), done.context
-        if len(context) <= _MOST_BEFORE:
+        place, before, context, then = done.place, done.work, self._context(by), done.context
+        if len(self) <= _MOST_BEFORE:
             done.context = context
         if not place.wide and before is not None and before.flops != work.flops and then not in (None, context):
             place.tell_apart(wide=True)
@@ -104,15 +107,15 @@ class Trail(list[Done]):
             done = _after(done, context)
         return done, done.place.learn(done, work)
 
-    def _context(self) -> tuple[Done, ...]:
-        """All that came before in the step."""
+    def _context(self, by: str) -> Context:
+        """All that came before in the step, and the kind of event that ends this."""
         context: list[Done] = []
         for done in self:
             told = done.plain or done
             while told.place.row and context and context[-1].place.aside:
                 context.pop()
             context.append(told)
-        return tuple(context)
+        return tuple(context), by
 
 
 def works(segments: Sequence[Done]) -> Iterator[Work | None]:
@@ -122,7 +125,8 @@ def works(segments: Sequence[Done]) -> Iterator[Work | None]:
     """
     for i, done in enumerate(segments):
         if done.place.wide and done.plain is None:
-            done = _after(done, Trail(segments[:i])._context())
+            by = segments[i + 1].place.kind if i + 1 < len(segments) else ""
+            done = _after(done, Trail(segments[:i])._context(by))
         yield done.place.end(done.ints).work if done.work is None else done.work
 
 
@@ -149,9 +153,10 @@ def _in_a_row(calls: list[Ints], before: Ints) -> tuple[tuple[Ints, Ints], Ints]
     return ((*kinds,), (*map(several.index, uneven),)), (*ints,)
 
 
-def _after(done: Done, context: tuple[Done, ...]) -> Done:
+def _after(done: Done, context: Context) -> Done:
     """What is over, told by all that came before it: a graph that lives on behind another's backward pass, say."""
-    place = done.place.child(("after", number(repr([other.place.name for other in context]))))
-    found = place.end((*(value for other in context for value in other.ints), *done.ints))
+    before, by = context
+    place = done.place.child(("after", number(repr(([other.place.name for other in before], by)))))
+    found = place.end((*(value for other in before for value in other.ints), *done.ints))
     found.plain = done
     return found
