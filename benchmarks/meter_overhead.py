@@ -2,11 +2,12 @@
 
     python benchmarks/meter_overhead.py [--rounds 60] [--seed 0] [--compile inductor]
 
-All run interleaved in one process, in random order each round. The Meter, and empty hooks for the same events, which
-is the least that a meter made of hooks costs, are on one of two copies of the model and then on the other; the two take
-turns of a few steps each, and their median difference is told: where the copies lie in memory makes more of a
-difference than the Meter does. The first step of a turn is in no figure: what a step does at its start, it finds in the
-processor's caches because the step before it did it last, as in a loop.
+All run interleaved in one process, in random order each round. The Meter, empty hooks for the same events, which is the
+least that a meter made of hooks costs, and nothing at all, which tells how far the figures themselves are off, are on
+one of two copies of the model and then on the other; the two take turns of a few steps each, and their median
+difference is told: where the copies lie in memory makes more of a difference than the Meter does. The first step of a
+turn is in no figure: what a step does at its start, it finds in the processor's caches because the step before it did
+it last, as in a loop.
 The others take blocks of steps to themselves. Each round gives a ratio to the bare steps of the same round; the median
 is printed, its standard error, and the middle half. Goal: metered at most 1.005x of bare for steps of 5 ms and more,
 1.02x for 0.5 ms, 1.01x for a compiled model, which is not compiled again.
@@ -287,6 +288,7 @@ def main() -> None:
         variants = Variants(
             bare=(step, other),
             pairs={
+                "nothing": (bare(within(step)), bare(within(other))),
                 "empty hooks": (empty_hooks(step, model), empty_hooks(other, copy)),
                 "Meter": (metered(step, model), metered(other, copy)),
             },
